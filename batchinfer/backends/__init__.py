@@ -1,0 +1,27 @@
+"""Engines behind one door: see base.Backend."""
+
+from __future__ import annotations
+
+from batchinfer.backends.base import Backend, Load
+from batchinfer.job import Job
+
+__all__ = ["Backend", "Load", "open_backend"]
+
+
+def open_backend(job: Job) -> Backend:
+    """Open the engine a job names. The native engine is built into the cache first, if it was not yet.
+
+    Raises:
+        ModelError: the model or the plan cannot be used.
+    """
+    if job.engine.backend == "native":
+        from batchinfer.backends.native import NativeBackend
+
+        return NativeBackend.open(job)
+    if job.engine.backend == "echo":
+        from batchinfer.backends.echo import EchoBackend
+
+        return EchoBackend.open(job)
+    from batchinfer.errors import JobError
+
+    raise JobError('engine.backend = "tensorrt-llm" is not available in this version; use "native"')

@@ -1,0 +1,1 @@
+"""The native engine: never imports data/ or backends/, usable alone as batchinfer.Engine."""

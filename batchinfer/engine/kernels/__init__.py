@@ -1,0 +1,1 @@
+"""One module an operation: its contract, a torch reference, and the fast implementations beside it."""

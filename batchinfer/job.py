@@ -1,0 +1,288 @@
+"""Job: one validated, frozen description of the work, read from TOML, environment and overrides."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from batchinfer.errors import JobError
+from batchinfer.request import SamplingParams
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENV_PREFIX = "BATCHINFER_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML writes a list where a Job holds a tuple; a lone string stands for a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+
+
+class InputSection(Section):
+    path: Strings = Field(description="Parquet files, globs or folders")
+    id_column: str | None = Field(None, description="a column that names rows in logs and errors; rows need none")
+
+
+class PromptSection(Section):
+    template: str | None = Field(None, description="jinja2 over the row's columns: 'Summarise: {{ text }}'")
+    messages: str | None = Field(None, description="a column of chat messages: list of {role, content}")
+    system: str | None = Field(None, description="jinja2 over the row's columns, the system message before a template")
+    chat: Literal["auto", "on", "off"] = Field("auto", description="wrap in the model's chat template; auto: if it has one")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> PromptSection:
+        if (self.template is None) == (self.messages is None):
+            raise ValueError("give exactly one of template and messages")
+        if self.chat == "off" and (self.messages is not None or self.system is not None):
+            raise ValueError('messages and system need the chat template: chat = "off" contradicts them')
+        return self
+
+
+class SamplingSection(Section):
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = Field(0, description="the job's seed; a row's own is derived from it and the row's address")
+    n: int = Field(1, description="completions a row; above 1 the completion columns are lists")
+    stop: Strings = ()
+    stop_token_ids: Integers = ()
+    ignore_eos: bool = False
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="per-row sampling: parameter = 'column'; a null cell takes the job's value"
+    )
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SamplingSection:
+        self.params()
+        allowed = [name for name in SamplingParams.names() if name != "n"]
+        for name in self.columns:
+            if name not in allowed:
+                raise ValueError(f"columns: no per-row parameter {name!r}{_nearest(name, allowed)}")
+        return self
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.names()})
+
+
+class ModelSection(Section):
+    path: str = Field(description="a Hugging Face folder, a .gguf file, or the name of an installed model")
+
+
+class ProfileSection(Section):
+    """Upper limits an engine is built for. 0 leaves the choice to the build."""
+
+    batch_size: int = Field(0, ge=0, description="sequences that run at once")
+    step_tokens: int = Field(0, ge=0, description="tokens computed in one step, prefill and decode together")
+    seq_len: int = Field(0, ge=0, description="prompt plus completion tokens of one sequence")
+
+
+class EngineSection(Section):
+    backend: Literal["native", "tensorrt-llm", "echo"] = "native"
+    plan: str | None = Field(None, description="an engine folder made by `batchinfer build`; none: built into the cache")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks of a stage")
+    pp: int = Field(1, ge=1, description="pipeline stages")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: all cores this process may use")
+    kv_cache_gib: float = Field(0.0, ge=0, description="memory for KV pages; 0: chosen from the profile and free memory")
+    prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
+    profile: ProfileSection = ProfileSection()
+
+
+class OutputSection(Section):
+    path: str = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")
+    columns: Strings | None = Field(None, description="input columns carried to the output; none given: all")
+    prefix: str = Field("", description="put before the names of the result columns, to keep them apart from the input's")
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
+
+
+class CheckpointSection(Section):
+    unit_rows: int = Field(1024, ge=1, description="rows of one unit: the grain of commits and of output parts")
+    sync_seconds: float = Field(1.0, ge=0, description="longest time a finished row waits for its fsync")
+    sync_rows: int = Field(64, ge=1, description="most finished rows that wait for one fsync")
+
+
+class LimitsSection(Section):
+    max_failed_fraction: float = Field(0.5, ge=0, le=1, description="more failed rows than this end in exit code 3")
+
+
+class ReportSection(Section):
+    log_seconds: float = Field(5.0, gt=0, description="seconds between progress lines where there is no terminal")
+
+
+class JobSection(Section):
+    name: str = "batchinfer"
+
+
+class Job(Section):
+    """What to read, ask, run and write. Frozen: two equal jobs do the same work."""
+
+    job: JobSection = JobSection()
+    input: InputSection
+    prompt: PromptSection
+    sampling: SamplingSection = SamplingSection()
+    model: ModelSection
+    engine: EngineSection = EngineSection()
+    output: OutputSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    limits: LimitsSection = LimitsSection()
+    report: ReportSection = ReportSection()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Read a job: overrides > ``BATCHINFER_*`` > file > defaults.
+
+        Args:
+            path: a TOML file; without one, overrides and environment say everything.
+            overrides: dotted key → value, ``{"sampling.max_tokens": 64}``.
+            environ: ``BATCHINFER_SECTION__KEY`` variables, ``os.environ`` unless given. Values are read as TOML, then as
+                text.
+
+        Raises:
+            JobError: the file is missing or not TOML, a key is unknown, a value has the wrong type or range. Every
+                problem is named with its key and where it came from.
+        """
+        origin: dict[str, str] = {}
+        tree: dict[str, Any] = {}
+        layers = [
+            (f"{path}", _read_toml(path) if path is not None else {}),
+            ("environment", _from_environ(os.environ if environ is None else environ)),
+            ("command line", _from_dotted(overrides or {})),
+        ]
+        for name, layer in layers:
+            _merge(tree, layer, origin, name)
+        return cls.from_dict(tree, origin)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Job:
+        """Validate a nested dict. ``origin`` maps dotted keys to where they came from, for messages."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise JobError(_explain(error, origin or {})) from None
+
+    def semantic(self) -> dict[str, Any]:
+        """The part of the job that decides what a row's completion is; the rest may change between runs.
+
+        The engine adds its own part (weights, tokenizer, dtype): see ``Backend.fingerprint``.
+        """
+        return {
+            "prompt": self.prompt.model_dump(mode="json"),
+            "sampling": self.sampling.model_dump(mode="json"),
+            "output": {"columns": self.output.columns, "prefix": self.output.prefix},
+        }
+
+
+def digest(value: Any) -> str:
+    """A stable hex digest of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_value(text: str) -> Any:
+    """A value typed on a command line or in a variable: TOML if it is TOML (``3``, ``true``, ``["a"]``), else text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise JobError(f"no job file at {path}; `batchinfer init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"cannot read the job file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path} is not valid TOML: {error}") from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    """``BATCHINFER_ENGINE__THREADS=2`` → ``{"engine": {"threads": 2}}``; names without ``__`` are not job keys."""
+    names = (name for name in sorted(environ) if name.startswith(ENV_PREFIX) and "__" in name)
+    return _from_dotted({n.removeprefix(ENV_PREFIX).lower().replace("__", "."): parse_value(environ[n]) for n in names})
+
+
+def _from_dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise JobError(f"cannot set {key}: {parent} is a value, not a section")
+        node[leaf] = value
+    return tree
+
+
+def _merge(tree: dict[str, Any], layer: Mapping[str, Any], origin: dict[str, str], name: str, prefix: str = "") -> None:
+    for key, value in layer.items():
+        origin[prefix + key] = name
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value, origin, name, f"{prefix}{key}.")
+        elif isinstance(value, dict):
+            tree[key] = {}
+            _merge(tree[key], value, origin, name, f"{prefix}{key}.")
+        else:
+            tree[key] = value
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the section that ``location`` lies in."""
+    model: Any = Job
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        location = tuple(part for part in problem["loc"] if isinstance(part, str))
+        key = ".".join(location)
+        where = f" ({origin[key]})" if key in origin else ""
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{where}{_nearest(location[-1], _fields_at(location[:-1]))}")
+        elif kind == "missing":
+            example = f"[{location[0]}]" if len(location) == 1 else key
+            lines.append(f"missing {example}: the job must say it in the file or with --set {key}=…")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = f", got {problem['input']!r}" if kind != "value_error" else ""
+            lines.append(f"{key or 'job'}{where}: {message[0].lower() + message[1:]}{shown}")
+    return "\n".join(lines) if len(lines) == 1 else "the job has several problems:\n  " + "\n  ".join(lines)
