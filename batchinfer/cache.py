@@ -1,0 +1,37 @@
+"""Where built things are kept between runs: engine plans, tokenizers, compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """``$BATCHINFER_CACHE``, else ``$XDG_CACHE_HOME/batchinfer``, else ``~/.cache/batchinfer``."""
+    if root := os.environ.get("BATCHINFER_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "batchinfer"
+
+
+def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Make ``target`` all at once: ``fill`` writes a scratch folder beside it, which is then renamed into place.
+
+    An interrupted ``fill`` leaves no ``target``; of two processes that race, the first wins and the other's work is
+    thrown away.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fill(scratch)
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
