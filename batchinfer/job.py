@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -198,12 +196,6 @@ class Job(Section):
             "sampling": self.sampling.model_dump(mode="json"),
             "output": {"columns": self.output.columns, "prefix": self.output.prefix},
         }
-
-
-def digest(value: Any) -> str:
-    """A stable hex digest of anything JSON can hold."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_value(text: str) -> Any:

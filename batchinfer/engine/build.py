@@ -1,0 +1,132 @@
+"""The build, slow and once: convert a model into an EnginePlan. Runs, ever after, only load it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import batchinfer
+from batchinfer.cache import cache_root, digest, make_folder
+from batchinfer.engine.model.source import ModelSource, file_digest
+from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.model.tokenizer import write_tokenizer
+from batchinfer.engine.model.weights import convert
+from batchinfer.engine.plan import FORMAT, EnginePlan, Profile, device_name
+from batchinfer.errors import ModelError
+
+# What an engine is built for when the job does not say: (sequences, tokens a step). A CPU's caches hold the
+# activations of a few hundred rows; a GPU needs thousands of tokens a step to be busy.
+_DEFAULTS = {"cpu": (128, 512), "cuda": (1024, 8192)}
+_DEFAULT_SEQ_LEN = 8192
+
+
+def build(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 0,
+    step_tokens: int = 0,
+    seq_len: int = 0,
+    progress: bool = True,
+) -> EnginePlan:
+    """Build an engine for ``model``; into the cache when no ``output`` is given, where an equal build is found again.
+
+    Args:
+        model: a Hugging Face folder, a .gguf file or the name of an installed model.
+        output: folder to make; it must not exist yet.
+        device, dtype: "auto" takes a CUDA GPU if there is one, and bfloat16 where the device multiplies it fast.
+        batch_size, step_tokens, seq_len: limits of the profile, 0 for defaults.
+
+    Raises:
+        ModelError: the model cannot be used, the limits contradict it, or ``output`` exists. Nothing half-made stays.
+    """
+    source = ModelSource.resolve(model)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    if output is None:
+        key = digest([source.stat_digest(), device_name(device), dtype, batch_size, step_tokens, seq_len, FORMAT])
+        target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
+        if target.is_dir():
+            return EnginePlan.load(target)
+    else:
+        target = Path(output).expanduser().resolve()
+        if target.exists():
+            raise ModelError(f"{target} exists already: build into a new folder, or remove it first")
+    spec, eos_token_ids, profile = _read_config(source, device, batch_size, step_tokens, seq_len)
+
+    def fill(folder: Path) -> None:
+        (folder / "tokenizer").mkdir()
+        write_tokenizer(source, folder / "tokenizer")
+        (folder / "weights").mkdir()
+        groups = convert(source, spec, getattr(torch, dtype))
+        shown = progress and sys.stderr.isatty()
+        for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
+            save_file(group, folder / "weights" / f"{name}.safetensors")
+        EnginePlan(
+            path=folder,
+            model=source.name,
+            spec=spec,
+            device=device,
+            dtype=dtype,
+            quantization="none",
+            profile=profile,
+            eos_token_ids=eos_token_ids,
+            fingerprint={
+                "weights": source.weights_digest(),
+                "tokenizer": file_digest(sorted((folder / "tokenizer").iterdir())),
+                "device": device_name(device),
+                "torch": torch.__version__,
+                "batchinfer": batchinfer.__version__,
+            },
+        ).save()
+
+    try:
+        make_folder(target, fill)
+    except OSError as error:
+        raise ModelError(f"cannot write the engine plan {target}: {error}") from None
+    return EnginePlan.load(target)
+
+
+def choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError('engine.device = "cuda", but torch finds no CUDA device; use "cpu" or "auto"')
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """bfloat16 where it is the device's fast path: any GPU of these years, a CPU with AVX512-BF16 or AMX."""
+    if dtype != "auto":
+        return dtype
+    fast = device == "cuda" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return "bfloat16" if fast else "float32"
+
+
+def _read_config(
+    source: ModelSource, device: str, batch_size: int, step_tokens: int, seq_len: int
+) -> tuple[DecoderSpec, tuple[int, ...], Profile]:
+    try:
+        config = source.config()
+        spec = DecoderSpec.from_config(config)
+    except KeyError as error:
+        raise ModelError(f"the config of {source.name} in {source.folder} has no {error}") from None
+    eos = config.get("eos_token_id")
+    eos_token_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if seq_len > spec.max_position:
+        raise ModelError(f"seq_len {seq_len} is more than the {spec.max_position} positions that {source.name} knows")
+    default_batch, default_tokens = _DEFAULTS[device]
+    profile = Profile(
+        batch_size=batch_size or default_batch,
+        step_tokens=max(step_tokens or default_tokens, batch_size or default_batch),
+        seq_len=seq_len or min(spec.max_position, _DEFAULT_SEQ_LEN),
+    )
+    return spec, eos_token_ids, profile
