@@ -1,1 +1,35 @@
 """One module an operation: its contract, a torch reference, and the fast implementations beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchinfer.engine.kernels.activation import silu_mul
+from batchinfer.engine.kernels.attention import AttentionBatch, PagedAttention, TorchPagedAttention
+from batchinfer.engine.kernels.norm import add_rms_norm
+from batchinfer.engine.kernels.sampling import SamplingBatch, sample
+
+__all__ = ["AttentionBatch", "Kernels", "PagedAttention", "SamplingBatch", "select"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The operations of one device and dtype; each keeps the contract of the reference of the same name."""
+
+    name: str
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float, Tensor], Tensor]
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    attention: type[PagedAttention]
+    sample: Callable[[Tensor, SamplingBatch], Tensor]
+
+
+TORCH = Kernels("torch", add_rms_norm, silu_mul, TorchPagedAttention, sample)
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels that work here; the torch references where nothing faster does."""
+    return TORCH
