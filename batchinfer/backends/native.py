@@ -1,0 +1,65 @@
+"""NativeBackend: our own engine behind the door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchinfer.backends.base import Load
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.plan import describe
+from batchinfer.errors import JobError
+from batchinfer.job import EngineSection, Job
+from batchinfer.request import Completion, Request
+
+
+class NativeBackend:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokenizer_dir = engine.plan.tokenizer_dir
+        self.max_seq_len = engine.plan.profile.seq_len
+        self.fingerprint = describe(engine.plan)
+
+    @classmethod
+    def open(cls, job: Job) -> NativeBackend:
+        options = job.engine
+        if options.tp * options.pp > 1:
+            raise JobError(f"engine.tp × engine.pp = {options.tp} × {options.pp}: this version runs one rank, set both to 1")
+        engine = Engine(
+            options.plan or job.model.path,
+            threads=options.threads,
+            kv_cache_gib=options.kv_cache_gib,
+            prefix_sharing=options.prefix_sharing,
+            **build_options(options),
+        )
+        return cls(engine)
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        return self.engine.generate(requests)
+
+    def load(self) -> Load:
+        scheduler, pages, counters = self.engine.scheduler, self.engine.pages, self.engine.counters
+        return Load(
+            running=scheduler.num_running,
+            waiting=len(scheduler.waiting),
+            kv_used=pages.held / pages.num_pages,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            completion_tokens=counters.completion_tokens,
+            preemptions=scheduler.preemptions,
+            steps=counters.steps,
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the process; the memory goes with the object."""
+
+
+def build_options(engine: EngineSection) -> dict:
+    """The part of a job's engine section that the build asks for."""
+    profile = engine.profile
+    return {
+        "device": engine.device,
+        "dtype": engine.dtype,
+        "batch_size": profile.batch_size,
+        "step_tokens": profile.step_tokens,
+        "seq_len": profile.seq_len,
+    }

@@ -1,0 +1,206 @@
+"""Engine: a plan, opened. Requests in, completions out, in whatever order they finish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchinfer.engine.build import build
+from batchinfer.engine.kv_cache import PagePool
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.scheduler import Scheduler, Sequence
+from batchinfer.engine.stage import Stage
+from batchinfer.engine.text import Text
+from batchinfer.request import Completion, Output, Request, SamplingParams
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the engine was opened."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request under way: its sequences end one by one."""
+
+    request: Request
+    sequences: list[Sequence] = field(default_factory=list)
+    unfinished: int = 0
+
+
+class Engine:
+    """Large-batch generation on this machine, for as many requests as the iterator brings.
+
+    >>> engine = Engine("smollm2-135m-instruct")
+    >>> for completion in engine.generate(["The capital of France is"], SamplingParams(max_tokens=8)):
+    ...     print(completion.outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | EnginePlan,
+        *,
+        threads: int = 0,
+        kv_cache_gib: float = 0.0,
+        prefix_sharing: bool = True,
+        **build_options: Any,
+    ) -> None:
+        """
+        Args:
+            model: an EnginePlan, the folder of one, or anything that ``build`` takes; then it is built into the cache.
+            threads: CPU threads, 0 for all cores this process may use.
+            kv_cache_gib: memory for KV pages, 0 for what the profile can use.
+            prefix_sharing: share KV pages between requests that begin alike.
+            build_options: passed to ``build``.
+
+        Raises:
+            ModelError: the model or plan cannot be used here.
+        """
+        torch.set_num_threads(threads or available_cores())
+        self.plan = open_plan(model, **build_options)
+        self.stage = Stage(self.plan, kv_cache_gib)
+        self.text = Text(self.plan.tokenizer_dir)
+        self.pages = PagePool(self.stage.num_pages)
+        self.scheduler = Scheduler(
+            self.plan.profile, self.pages, self.stage.page_size, self.plan.eos_token_ids, prefix_sharing
+        )
+        self.counters = Counters()
+
+    def generate(
+        self,
+        prompts: Iterable[Request | str | list[int] | None],
+        sampling: SamplingParams = SamplingParams(),
+    ) -> Iterator[Completion]:
+        """Complete prompts; yields each as it finishes. Prompts are pulled when there is room for them.
+
+        Args:
+            prompts: Requests, or strings or token ids that ``sampling`` applies to, with their index as key. ``None``
+                means that nothing is ready yet: the engine goes on with what it has.
+        """
+        source = enumerate(prompts)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and self._has_room():
+                    try:
+                        index, prompt = next(source)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    if prompt is None:
+                        break
+                    request = prompt if isinstance(prompt, Request) else self._request(index, prompt, sampling)
+                    if (refused := self._refuse(request)) is not None:
+                        yield refused
+                    else:
+                        self._add(request)
+                finished = self._step()
+                for sequence in finished:
+                    if (completion := self._collect(sequence)) is not None:
+                        yield completion
+                if exhausted and not self.scheduler.waiting and not self.scheduler.num_running:
+                    return
+        finally:
+            self._abandon()
+
+    # -- intake ---------------------------------------------------------------------------------------------------
+
+    def _has_room(self) -> bool:
+        """A few requests wait, so that a row that ends is replaced in the next step; the rest stay with the caller."""
+        scheduler = self.scheduler
+        return scheduler.num_running + len(scheduler.waiting) < self.plan.profile.batch_size
+
+    def _request(self, index: int, prompt: str | list[int], sampling: SamplingParams) -> Request:
+        return Request(index, self.text.encode(prompt) if isinstance(prompt, str) else prompt, sampling)
+
+    def _refuse(self, request: Request) -> Completion | None:
+        """A completion with an error, when the request cannot be served at all."""
+        length, longest = len(request.prompt_token_ids), self.plan.profile.seq_len
+        if 0 < length < longest:
+            return None
+        error = (
+            "the prompt is empty: expected at least one token"
+            if length == 0
+            else f"the prompt has {length} tokens, the engine's profile takes at most {longest - 1}: "
+            "raise engine.profile.seq_len or shorten it"
+        )
+        return Completion(request.key, prompt_tokens=length, error=error)
+
+    def _add(self, request: Request) -> None:
+        prompt = np.asarray(request.prompt_token_ids, np.int32)
+        sampling = request.sampling
+        entry = _Entry(request, unfinished=sampling.n)
+        for index in range(sampling.n):
+            sequence = Sequence(
+                owner=entry,
+                token_ids=prompt,
+                prompt_len=len(prompt),
+                limit=min(len(prompt) + sampling.max_tokens, self.plan.profile.seq_len),
+                sampling=sampling,
+                index=index,
+                stops=self.text.stop_check(sampling.stop, sampling.stop_token_ids),
+                hashes=entry.sequences[0].hashes if index else [],
+            )
+            entry.sequences.append(sequence)
+            self.scheduler.add(sequence)
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[Sequence]:
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        tokens = self.stage.run(step)
+        self.counters.steps += 1
+        return self.scheduler.complete(step, tokens)
+
+    def _collect(self, sequence: Sequence) -> Completion | None:
+        """The request's completion, if ``sequence`` was the last of it."""
+        entry: _Entry = sequence.owner
+        entry.unfinished -= 1
+        if entry.unfinished:
+            return None
+        request, prompt_tokens = entry.request, sequence.prompt_len
+        cached = sum(s.cached_tokens for s in entry.sequences)
+        self.counters.prompt_tokens += prompt_tokens
+        self.counters.cached_tokens += cached
+        self.counters.completion_tokens += sum(len(s.completion_ids) for s in entry.sequences)
+        if any(s.finish_reason == "error" for s in entry.sequences):
+            error = "the model's logits were not finite for this prompt"
+            return Completion(request.key, prompt_tokens=prompt_tokens, error=error)
+        return Completion(request.key, tuple(map(self._output, entry.sequences)), prompt_tokens, cached)
+
+    def _output(self, sequence: Sequence) -> Output:
+        token_ids = sequence.completion_ids.tolist()
+        sampling = sequence.sampling
+        said = token_ids
+        if sequence.finish_reason == "stop" and token_ids[-1] in sampling.stop_token_ids:
+            said = token_ids[:-1]
+        return Output(self.text.decode(said, sampling.stop), token_ids, sequence.finish_reason)
+
+    def _abandon(self) -> None:
+        """Forget what is still under way, when the caller stops listening."""
+        self.scheduler.drop_all()
+
+
+def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePlan:
+    if isinstance(model, EnginePlan):
+        return model
+    if (Path(model).expanduser() / "plan.json").is_file():
+        return EnginePlan.load(model)
+    return build(str(model), **build_options)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,112 @@
+"""Decoder: the layers of a model that one rank holds, and their forward pass over the tokens of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
+from batchinfer.engine.kernels.linear import Linear, linear
+from batchinfer.engine.model.spec import DecoderSpec
+
+Group = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights, on their device and in their packed layout."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    @classmethod
+    def from_weights(cls, group: Group) -> Layer:
+        return cls(
+            attn_norm=group["attn_norm.weight"],
+            qkv=linear(group["qkv.weight"], group.get("qkv.bias")),
+            q_norm=group.get("q_norm.weight"),
+            k_norm=group.get("k_norm.weight"),
+            o=linear(group["o.weight"], group.get("o.bias")),
+            mlp_norm=group["mlp_norm.weight"],
+            gate_up=linear(group["gate_up.weight"], group.get("gate_up.bias")),
+            down=linear(group["down.weight"], group.get("down.bias")),
+        )
+
+
+class Decoder:
+    """A whole decoder-only transformer: embedding, layers, final norm and head.
+
+    The residual stream is float32 whatever the weights' dtype; every matrix product takes and gives ``dtype``.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Callable[[str], Group],
+        kernels: Kernels,
+        attention: PagedAttention,
+        *,
+        max_tokens: int,
+        max_position: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            weights: reads one group of tensors (``embed``, ``layer-000`` …, ``head``), on any device.
+            max_tokens: most tokens of a step; buffers are made for them once.
+            max_position: positions that RoPE is tabulated for.
+        """
+
+        def load(name: str) -> Group:
+            return {key: value.to(device) for key, value in weights(name).items()}
+
+        self.spec = spec
+        self.kernels = kernels
+        self.attention = attention
+        self.embedding = load("embed")["weight"]
+        self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in range(spec.num_layers)]
+        head = load("head")
+        self.norm = head["norm.weight"]
+        self.head = linear(self.embedding if spec.tied_head else head["weight"])
+        self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
+        heads = spec.num_heads * spec.head_dim
+        self._normed = torch.empty(max_tokens, spec.hidden_size, dtype=dtype, device=device)
+        self._q = torch.empty(max_tokens, heads, dtype=dtype, device=device)
+        self._attended = torch.empty(max_tokens, heads, dtype=dtype, device=device)
+        self._activated = torch.empty(max_tokens, spec.intermediate_size, dtype=dtype, device=device)
+
+    def forward(self, token_ids: Tensor, batch: AttentionBatch, caches: list, sampled: Tensor) -> Tensor:
+        """Logits ``dtype [samples, vocab]`` of the tokens of a step at ``sampled``; keys and values go to ``caches``.
+
+        Args:
+            token_ids: integer ``[tokens]``.
+            sampled: integer ``[samples]``, places in ``token_ids``.
+        """
+        kernels, eps = self.kernels, self.spec.rms_norm_eps
+        tokens = len(token_ids)
+        normed, q, attended = self._normed[:tokens], self._q[:tokens], self._attended[:tokens]
+        activated = self._activated[:tokens]
+        residual = self.embedding[token_ids].float()
+        delta = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, normed)
+            qkv = layer.qkv(normed)
+            self.attention.rope_write(qkv, self.cos_sin, batch, cache, layer.q_norm, layer.k_norm, eps, q)
+            self.attention.attend(q, batch, cache, attended)
+            if layer is self.layers[-1]:
+                # Keys and values are written: from here on only tokens whose logits are wanted matter.
+                attended, residual = attended[sampled], residual[sampled]
+                normed, activated = normed[: len(sampled)], activated[: len(sampled)]
+            kernels.add_rms_norm(residual, layer.o(attended), layer.mlp_norm, eps, normed)
+            delta = layer.down(kernels.silu_mul(layer.gate_up(normed), activated))
+        return self.head(kernels.add_rms_norm(residual, delta, self.norm, eps, normed))

@@ -1,0 +1,327 @@
+"""Scheduler: which tokens run next. In-flight batching with chunked prefill over a paged KV cache."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchinfer.engine.kernels.sampling import SamplingBatch
+from batchinfer.engine.kv_cache import PagePool, page_hashes
+from batchinfer.engine.plan import Profile
+from batchinfer.request import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion in the making. ``owner`` is the caller's and means nothing here."""
+
+    owner: object
+    token_ids: np.ndarray  # int32: the prompt; after a preemption everything known so far
+    prompt_len: int
+    limit: int  # length, prompt included, at which it ends
+    sampling: SamplingParams
+    index: int = 0  # which of the n completions
+    stops: Callable[[np.ndarray], bool] | None = None  # asked after each token, with all completion tokens
+    hashes: list[bytes] = field(default_factory=list)  # of the prompt's full pages
+    cached_tokens: int = 0  # prompt tokens that found their pages computed
+    finish_reason: str = ""
+
+    @property
+    def completion_ids(self) -> np.ndarray:
+        return self.token_ids[self.prompt_len :]
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """The tokens of one step, on the host. ``rows`` below are rows of the scheduler's table."""
+
+    token_ids: np.ndarray  # int32 [tokens]
+    positions: np.ndarray  # int32 [tokens]
+    slots: np.ndarray  # int32 [tokens] KV slot of each token: page * page_size + offset
+    query_starts: np.ndarray  # int32 [sequences + 1]
+    context_lens: np.ndarray  # int32 [sequences]
+    page_table: np.ndarray  # int32 [sequences, pages]
+    sampled: np.ndarray  # int64 [samples] the tokens, by place in this step, whose logits are wanted
+    sampled_rows: np.ndarray  # int64 [samples]
+    sampling: SamplingBatch
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Scheduler:
+    """Keeps the table of running sequences and composes each step from it.
+
+    A step takes every decoding sequence's next token first, then prefill chunks in order of arrival, up to
+    ``profile.step_tokens``. A waiting sequence is admitted when pages are available for what the running ones and it
+    are expected to need. When that expectation was too low, the newest sequence is preempted: its pages are given up,
+    and it is computed again later, with the same tokens. All state of a row is in arrays, so that a step costs the
+    host a few array operations, however many rows decode.
+
+    ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out.
+    """
+
+    def __init__(
+        self, profile: Profile, pages: PagePool, page_size: int, eos_token_ids: tuple[int, ...], share_prefixes: bool
+    ) -> None:
+        rows = profile.batch_size
+        self.profile = profile
+        self.pages = pages
+        self.page_size = page_size
+        self.share_prefixes = share_prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+        self._eos = np.array(eos_token_ids, np.int32)
+        self._sequences: list[Sequence | None] = [None] * rows
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._running = np.empty(0, np.int64)  # rows, oldest first
+        self._tokens = np.zeros((rows, profile.seq_len), np.int32)
+        self._page_table = np.zeros((rows, -(-profile.seq_len // page_size)), np.int32)
+        self._held = np.zeros(rows, np.int32)  # pages in the page table
+        self._published = np.zeros(rows, np.int32)  # of those, how many are findable by content
+        self._length = np.zeros(rows, np.int32)  # tokens known
+        self._computed = np.zeros(rows, np.int32)  # tokens whose keys and values are in pages, or will be by then
+        self._prompt_len = np.zeros(rows, np.int32)
+        self._limit = np.zeros(rows, np.int32)
+        self._awaiting = np.zeros(rows, bool)
+        self._ignore_eos = np.zeros(rows, bool)
+        self._asks_stop = np.zeros(rows, bool)
+        self._sampling = {
+            "temperature": np.zeros(rows, np.float32),
+            "top_k": np.zeros(rows, np.int32),
+            "top_p": np.ones(rows, np.float32),
+            "min_p": np.zeros(rows, np.float32),
+            "repetition_penalty": np.ones(rows, np.float32),
+            "seed": np.zeros(rows, np.int64),
+        }
+        self._index = np.zeros(rows, np.int32)
+        self._used_share = 1.0  # running mean of how much of its token limit a completion uses
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. The caller has checked that it fits the profile and the page pool."""
+        if self.share_prefixes and not sequence.hashes:
+            sequence.hashes = page_hashes(sequence.token_ids, self.page_size)
+        self.waiting.append(sequence)
+
+    def schedule(self) -> StepBatch | None:
+        """Compose the next step and reserve its pages; None when nothing can run."""
+        preemptions = self.preemptions
+        rows, chunks = self._continue_running()
+        room = self.profile.step_tokens - int(chunks.sum())
+        # Whoever had to leave must not come back at once, only to be in the way again.
+        admitted, their_chunks = self._admit(room if self.preemptions == preemptions else 0)
+        if admitted:
+            rows = np.concatenate([rows, np.array(admitted, np.int64)])
+            chunks = np.concatenate([chunks, np.array(their_chunks, np.int32)])
+        return self._batch(rows, chunks) if len(rows) else None
+
+    def complete(self, batch: StepBatch, token_ids: np.ndarray) -> list[Sequence]:
+        """Take in the tokens ``int32 [samples]`` sampled for a step; return the sequences that ended with it.
+
+        A negative token id means that the row's logits were not finite; such a sequence ends with reason ``error``.
+        """
+        rows = batch.sampled_rows
+        self._awaiting[rows] = False
+        self._tokens[rows, self._length[rows]] = token_ids
+        self._length[rows] += 1
+        failed = token_ids < 0
+        stopped = np.isin(token_ids, self._eos) & ~self._ignore_eos[rows]
+        for i in np.flatnonzero(self._asks_stop[rows] & ~failed):
+            row = rows[i]
+            stopped[i] |= self._sequences[row].stops(self._tokens[row, self._prompt_len[row] : self._length[row]])
+        ended = failed | stopped | (self._length[rows] >= self._limit[rows])
+        finished = []
+        for i in np.flatnonzero(ended):
+            reason = "error" if failed[i] else "stop" if stopped[i] else "length"
+            finished.append(self._finish(int(rows[i]), reason))
+        if finished:
+            self._running = self._running[[self._sequences[row] is not None for row in self._running]]
+        return finished
+
+    def drop_all(self) -> None:
+        """Forget every sequence, waiting or running, and give up their pages."""
+        self.waiting.clear()
+        for row in self._running.tolist():
+            self._vacate(row)
+        self._running = self._running[:0]
+        self._awaiting[:] = False
+
+    # -- running rows ---------------------------------------------------------------------------------------------
+
+    def _continue_running(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be."""
+        while True:
+            rows = self._running[~self._awaiting[self._running]]
+            todo = self._length[rows] - self._computed[rows]
+            decode_first = np.argsort(todo > 1, kind="stable")
+            rows, todo = rows[decode_first], todo[decode_first]
+            before = np.cumsum(todo) - todo
+            chunks = np.clip(self.profile.step_tokens - before, 0, todo)
+            rows, chunks = rows[chunks > 0], chunks[chunks > 0]
+            need = self._pages_for(self._computed[rows] + chunks) - self._held[rows]
+            if need.sum() <= self.pages.available:
+                break
+            self._preempt_newest()
+        self._take_pages(rows, need)
+        self._advance(rows, chunks)
+        return rows, chunks
+
+    def _preempt_newest(self) -> None:
+        row = next(int(row) for row in self._running[::-1] if not self._awaiting[row])
+        sequence = self._sequences[row]
+        sequence.token_ids = self._tokens[row, : self._length[row]].copy()
+        self._vacate(row)
+        self._running = self._running[self._running != row]
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _take_pages(self, rows: np.ndarray, need: np.ndarray) -> None:
+        """Append ``need[i]`` new pages to the page table of ``rows[i]``."""
+        total = int(need.sum())
+        if not total:
+            return
+        owners = np.repeat(rows, need)
+        offsets = np.arange(total) - np.repeat(np.cumsum(need) - need, need)
+        self._page_table[owners, self._held[owners] + offsets] = self.pages.allocate(total)
+        self._held[rows] += need
+
+    def _advance(self, rows: np.ndarray, chunks: np.ndarray) -> None:
+        """Count ``chunks`` as computed, and publish the prompt pages that they complete.
+
+        Pages are published before they are computed: whoever finds them runs in this step or a later one, and in each
+        layer the keys and values of a whole step are written before any are read.
+        """
+        self._computed[rows] += chunks
+        if not self.share_prefixes:
+            return
+        full = np.minimum(self._computed[rows], self._prompt_len[rows]) // self.page_size
+        for i in np.flatnonzero(full > self._published[rows]):
+            row = rows[i]
+            for page in range(self._published[row], full[i]):
+                self.pages.publish(int(self._page_table[row, page]), self._sequences[row].hashes[page])
+            self._published[row] = full[i]
+
+    # -- admission and leaving ------------------------------------------------------------------------------------
+
+    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
+        rows: list[int] = []
+        chunks: list[int] = []
+        if not (self.waiting and budget > 0 and self._free_rows):
+            return rows, chunks
+        promised = int((self._expected_pages(self._running) - self._held[self._running]).clip(0).sum())
+        while self.waiting and budget > 0 and self._free_rows:
+            sequence = self.waiting[0]
+            length = len(sequence.token_ids)
+            # At least one token must be computed: its logits are wanted.
+            shared = self.pages.find(sequence.hashes[: (length - 1) // self.page_size])
+            row = self._free_rows[-1]
+            self._place(row, sequence)
+            expected = int(self._expected_pages(np.array([row]))[0]) - len(shared)
+            if promised + expected + self.pages.idle_among(shared) > self.pages.available and self.num_running:
+                self._sequences[row] = None
+                break
+            self.waiting.popleft()
+            self._free_rows.pop()
+            self._running = np.append(self._running, row)
+            self._share(row, sequence, shared)
+            chunk = min(budget, length - len(shared) * self.page_size)
+            taken = int(self._pages_for(self._computed[row] + chunk)) - len(shared)
+            only = np.array([row])
+            self._take_pages(only, np.array([taken]))
+            self._advance(only, np.array([chunk], np.int32))
+            promised += max(0, expected - taken)
+            budget -= chunk
+            rows.append(row)
+            chunks.append(chunk)
+        return rows, chunks
+
+    def _place(self, row: int, sequence: Sequence) -> None:
+        length = len(sequence.token_ids)
+        self._sequences[row] = sequence
+        self._tokens[row, :length] = sequence.token_ids
+        self._length[row] = length
+        self._prompt_len[row] = sequence.prompt_len
+        self._limit[row] = sequence.limit
+        self._computed[row] = self._held[row] = self._published[row] = 0
+        self._ignore_eos[row] = sequence.sampling.ignore_eos
+        self._asks_stop[row] = sequence.stops is not None
+        self._index[row] = sequence.index
+        for name, values in self._sampling.items():
+            values[row] = getattr(sequence.sampling, name)
+
+    def _share(self, row: int, sequence: Sequence, pages: list[int]) -> None:
+        if not pages:
+            return
+        self.pages.share(pages)
+        self._page_table[row, : len(pages)] = pages
+        self._held[row] = self._published[row] = len(pages)
+        self._computed[row] = len(pages) * self.page_size
+        sequence.cached_tokens = max(sequence.cached_tokens, min(len(pages) * self.page_size, sequence.prompt_len))
+
+    def _expected_pages(self, rows: np.ndarray) -> np.ndarray:
+        """Pages that rows will hold when they end, by how much of their limit completions have used so far."""
+        prompt, limit = self._prompt_len[rows], self._limit[rows]
+        expected = prompt + np.ceil((limit - prompt) * min(1.0, 1.25 * self._used_share)).astype(np.int32)
+        return self._pages_for(np.clip(expected, self._length[rows], limit))
+
+    def _finish(self, row: int, reason: str) -> Sequence:
+        sequence = self._sequences[row]
+        known = self._length[row] - (reason == "error")
+        sequence.token_ids = self._tokens[row, :known].copy()
+        sequence.finish_reason = reason
+        used = (known - sequence.prompt_len) / max(1, sequence.limit - sequence.prompt_len)
+        self._used_share += 0.02 * (float(used) - self._used_share)
+        self._vacate(row)
+        return sequence
+
+    def _vacate(self, row: int) -> None:
+        self.pages.release(self._page_table[row, : self._held[row]])
+        self._held[row] = 0
+        self._sequences[row] = None
+        self._free_rows.append(row)
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def _pages_for(self, tokens):
+        return -(-tokens // self.page_size)
+
+    def _batch(self, rows: np.ndarray, chunks: np.ndarray) -> StepBatch:
+        ends = np.cumsum(chunks)
+        context = self._computed[rows]
+        owners = np.repeat(rows, chunks)
+        positions = np.arange(ends[-1]) - np.repeat(ends - context, chunks)
+        pages = self._page_table[owners, positions // self.page_size]
+        samples = context == self._length[rows]
+        sampled_rows = rows[samples]
+        self._awaiting[sampled_rows] = True
+        return StepBatch(
+            token_ids=self._tokens[owners, positions],
+            positions=positions.astype(np.int32),
+            slots=(pages * self.page_size + positions % self.page_size).astype(np.int32),
+            query_starts=np.concatenate([[0], ends]).astype(np.int32),
+            context_lens=context,
+            page_table=self._page_table[rows, : self._held[rows].max()],
+            sampled=ends[samples] - 1,
+            sampled_rows=sampled_rows,
+            sampling=self._sampling_batch(sampled_rows),
+        )
+
+    def _sampling_batch(self, rows: np.ndarray) -> SamplingBatch:
+        chosen = {name: values[rows] for name, values in self._sampling.items()}
+        return SamplingBatch(
+            **chosen,
+            index=self._index[rows],
+            position=self._length[rows].astype(np.int64),
+            history=self._tokens,
+            history_rows=rows.astype(np.int32),
+            history_lens=self._length[rows],
+            all_greedy=bool((chosen["temperature"] == 0).all() and (chosen["repetition_penalty"] == 1).all()),
+        )

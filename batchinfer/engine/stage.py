@@ -1,0 +1,97 @@
+"""Stage: one rank. Its layers, its KV pages, and the step that turns tokens into sampled tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from batchinfer.engine.kernels import AttentionBatch, select
+from batchinfer.engine.model.decoder import Decoder
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.scheduler import StepBatch
+from batchinfer.errors import ModelError
+
+_GIB = 2**30
+
+
+class Stage:
+    """The whole model on one device."""
+
+    def __init__(self, plan: EnginePlan, kv_cache_gib: float = 0.0) -> None:
+        """
+        Args:
+            kv_cache_gib: memory for KV pages; 0 takes what the profile can use, up to a share of what is free.
+
+        Raises:
+            ModelError: the memory does not hold one sequence of the profile's length.
+        """
+        spec, profile = plan.spec, plan.profile
+        self.device = torch.device(plan.device)
+        dtype = plan.torch_dtype
+        self.kernels = select(self.device, dtype)
+        attention = self.kernels.attention(
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            self.kernels.attention.page_size,
+            spec.window,
+            dtype,
+            self.device,
+        )
+        self.decoder = Decoder(
+            spec,
+            plan.weights,
+            self.kernels,
+            attention,
+            max_tokens=profile.step_tokens,
+            max_position=profile.seq_len,
+            dtype=dtype,
+            device=self.device,
+        )
+        self.page_size = attention.page_size
+        page_bytes = attention.page_bytes(spec.num_layers)
+        self.num_pages = self._count_pages(plan, page_bytes, kv_cache_gib)
+        self.caches = attention.allocate(spec.num_layers, self.num_pages)
+
+    def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
+        profile = plan.profile
+        pages_per_sequence = -(-profile.seq_len // self.page_size)
+        if kv_cache_gib:
+            pages = int(kv_cache_gib * _GIB) // page_bytes
+        else:
+            pages = min(int(_free_memory(self.device)) // page_bytes, profile.batch_size * pages_per_sequence)
+        if pages < pages_per_sequence:
+            raise ModelError(
+                f"KV pages for one sequence of {profile.seq_len} tokens take "
+                f"{pages_per_sequence * page_bytes / _GIB:.2f} GiB, {pages * page_bytes / _GIB:.2f} GiB are to be had: "
+                "raise engine.kv_cache_gib or lower engine.profile.seq_len"
+            )
+        return pages
+
+    @torch.inference_mode()
+    def run(self, step: StepBatch) -> np.ndarray:
+        """Compute a step: keys and values into their pages, and the sampled tokens back, int32 ``[samples]``."""
+        batch = AttentionBatch(
+            positions=self._tensor(step.positions),
+            slots=self._tensor(step.slots),
+            query_starts=self._tensor(step.query_starts),
+            context_lens=self._tensor(step.context_lens),
+            page_table=self._tensor(step.page_table),
+            max_query_len=int(np.diff(step.query_starts).max()),
+            max_context_len=int(step.context_lens.max()),
+        )
+        logits = self.decoder.forward(
+            self._tensor(step.token_ids), batch, self.caches, self._tensor(step.sampled)
+        )
+        return self.kernels.sample(logits, step.sampling).cpu().numpy()
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that KV pages may take: most of a GPU's, a quarter of a host's that others live on as well."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] * 0.9
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 0.25
