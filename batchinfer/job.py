@@ -44,7 +44,9 @@ class PromptSection(Section):
     template: str | None = Field(None, description="jinja2 over the row's columns: 'Summarise: {{ text }}'")
     messages: str | None = Field(None, description="a column of chat messages: list of {role, content}")
     system: str | None = Field(None, description="jinja2 over the row's columns, the system message before a template")
-    chat: Literal["auto", "on", "off"] = Field("auto", description="wrap in the model's chat template; auto: if it has one")
+    chat: Literal["auto", "on", "off"] = Field(
+        "auto", description="wrap in the model's chat template; auto: if it has one"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> PromptSection:
@@ -98,13 +100,17 @@ class ProfileSection(Section):
 
 class EngineSection(Section):
     backend: Literal["native", "tensorrt-llm", "echo"] = "native"
-    plan: str | None = Field(None, description="an engine folder made by `batchinfer build`; none: built into the cache")
+    plan: str | None = Field(
+        None, description="an engine folder made by `batchinfer build`; none: built into the cache"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     tp: int = Field(1, ge=1, description="tensor-parallel ranks of a stage")
     pp: int = Field(1, ge=1, description="pipeline stages")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: all cores this process may use")
-    kv_cache_gib: float = Field(0.0, ge=0, description="memory for KV pages; 0: chosen from the profile and free memory")
+    kv_cache_gib: float = Field(
+        0.0, ge=0, description="memory for KV pages; 0: chosen from the profile and free memory"
+    )
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
     profile: ProfileSection = ProfileSection()
 
@@ -112,7 +118,9 @@ class EngineSection(Section):
 class OutputSection(Section):
     path: str = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")
     columns: Strings | None = Field(None, description="input columns carried to the output; none given: all")
-    prefix: str = Field("", description="put before the names of the result columns, to keep them apart from the input's")
+    prefix: str = Field(
+        "", description="put before the names of the result columns, to keep them apart from the input's"
+    )
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
 
 
@@ -160,8 +168,8 @@ class Job(Section):
         Args:
             path: a TOML file; without one, overrides and environment say everything.
             overrides: dotted key → value, ``{"sampling.max_tokens": 64}``.
-            environ: ``BATCHINFER_SECTION__KEY`` variables, ``os.environ`` unless given. Values are read as TOML, then as
-                text.
+            environ: ``BATCHINFER_SECTION__KEY`` variables, ``os.environ`` unless given. Values are read as TOML, else
+                as text.
 
         Raises:
             JobError: the file is missing or not TOML, a key is unknown, a value has the wrong type or range. Every

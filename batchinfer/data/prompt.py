@@ -1,0 +1,249 @@
+"""Rows to requests: template or messages, chat template, token ids, sampling parameters."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as pat
+from jinja2 import TemplateError
+
+from batchinfer.data.columns import RowError, Unreadable, find_column, is_text, to_values
+from batchinfer.data.row_sampling import RowSampling, with_room
+from batchinfer.data.template import ChatTemplate, Message, RowTemplate
+from batchinfer.data.tokenizer import PromptTokenizer
+from batchinfer.errors import InputError, JobError
+from batchinfer.job import PromptSection, SamplingSection
+from batchinfer.request import Completion, Request, SamplingParams
+
+
+class PromptRenderer:
+    """Turns rows into requests. A row that cannot become one turns into a completion that says why.
+
+    Args:
+        tokenizer_dir: folder with tokenizer.json, tokenizer_config.json and, for chat models, a chat template.
+        max_seq_len: prompt plus completion tokens that the engine can hold. A prompt must leave room for one token;
+            ``max_tokens`` is lowered to the room there is.
+
+    Attributes:
+        columns: the input columns that prompts and sampling parameters are made of.
+        chat: whether prompts go through the model's chat template.
+
+    Raises:
+        JobError: a template is not valid, or the job needs a chat template and the model has none.
+        ModelError: the tokenizer cannot be used.
+    """
+
+    def __init__(self, prompt: PromptSection, sampling: SamplingSection, tokenizer_dir: Path, max_seq_len: int):
+        tokenizer_dir = Path(tokenizer_dir)
+        self._tokenizer = PromptTokenizer(tokenizer_dir)
+        self.chat = _wants_chat(prompt, self._tokenizer, tokenizer_dir)
+        self._chat = ChatTemplate(self._tokenizer) if self.chat else None
+        self._source = _Source(prompt, self._tokenizer.spell)
+        self._sampling = RowSampling(sampling)
+        self._max_seq_len = max_seq_len
+        self.columns = tuple(dict.fromkeys((*self._source.columns, *self._sampling.columns)))
+
+    def check(self, schema: pa.Schema) -> None:
+        """Raises InputError if a column is missing or has a type that cannot serve; the message says which."""
+        self._source.check(schema)
+        self._sampling.check(schema)
+
+    def render(self, rows: pa.Table, keys: Sequence[Hashable], seeds: Sequence[int]) -> list[Request | Completion]:
+        """One request or failed completion a row, in order.
+
+        ``rows`` needs the ``columns``, others are not looked at. ``seeds`` count where no seed column says otherwise.
+        """
+        cells = {name: to_values(name, rows.column(name)) for name in self.columns}
+        results: list[Any] = [None] * rows.num_rows
+        texts: dict[int, str] = {}
+        for i, row in enumerate(_by_row(cells, self._source.columns, rows.num_rows)):
+            try:
+                texts[i] = self._text(row)
+            except RowError as error:
+                results[i] = Completion(keys[i], error=str(error))
+        encoded = self._tokenizer.encode(list(texts.values()), add_special_tokens=not self.chat)
+        params = self._sampling.of_rows(cells, seeds)
+        for i, ids in zip(texts, encoded):
+            results[i] = self._request(keys[i], ids, params[i])
+        return results
+
+    def _text(self, row: dict[str, Any]) -> str:
+        if self._chat is None:
+            return self._source.text(row)
+        messages = self._source.messages(row)
+        try:
+            return self._chat.render(messages)
+        except Exception as error:
+            raise RowError(f"the model's chat template refuses the messages: {_reason(error)}") from None
+
+    def _request(self, key: Hashable, ids: list[int] | None, params: SamplingParams | RowError) -> Request | Completion:
+        if not ids:
+            reason = "is not valid Unicode: it holds a lone surrogate" if ids is None else "makes no token"
+            return Completion(key, error=f"the prompt {reason}")
+        room = self._max_seq_len - len(ids)
+        if room < 1:
+            error = (
+                f"the prompt has {len(ids)} tokens, and at most {self._max_seq_len - 1} fit beside a completion "
+                "(engine.profile.seq_len and the model's own context decide)"
+            )
+            return Completion(key, prompt_tokens=len(ids), error=error)
+        if isinstance(params, RowError):
+            return Completion(key, prompt_tokens=len(ids), error=str(params))
+        return Request(key, ids, with_room(params, room))
+
+
+def row_seed(job_seed: int, file: str, row: int) -> int:
+    """A row's own seed, 63 bits: the same for the same job seed and address, in every process and on every machine."""
+    return _splitmix64(_splitmix64(_file_hash(file) ^ (job_seed & _64)) + row) >> 1
+
+
+_64 = 2**64 - 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_hash(file: str) -> int:
+    return int.from_bytes(hashlib.blake2b(file.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _splitmix64(x: int) -> int:
+    """The mixer of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64
+    return x ^ (x >> 31)
+
+
+def check_columns(prompt: PromptSection, sampling: SamplingSection, schema: pa.Schema) -> tuple[str, ...]:
+    """``PromptRenderer.check`` without a tokenizer: templates and columns only. Returns the columns used."""
+    source, params = _Source(prompt), RowSampling(sampling)
+    source.check(schema)
+    params.check(schema)
+    return tuple(dict.fromkeys((*source.columns, *params.columns)))
+
+
+def _wants_chat(prompt: PromptSection, tokenizer: PromptTokenizer, folder: Path) -> bool:
+    if prompt.chat == "off":
+        return False
+    needs = [f"prompt.{k}" for k, v in (("messages", prompt.messages), ("system", prompt.system)) if v is not None]
+    needs += ['prompt.chat = "on"'] if prompt.chat == "on" else []
+    if needs and tokenizer.chat_template is None:
+        raise JobError(f"{needs[0]} needs a model with a chat template, and {folder} has none; use a plain template")
+    return tokenizer.chat_template is not None
+
+
+class _Source:
+    """What a row says: one text, or the messages of a conversation."""
+
+    def __init__(self, prompt: PromptSection, spell: Callable[[str], str] = str):
+        self._column = prompt.messages
+        self._template = RowTemplate(prompt.template, "prompt.template", spell) if prompt.template is not None else None
+        self._system = RowTemplate(prompt.system, "prompt.system", spell) if prompt.system is not None else None
+        columns = [self._column] if self._column is not None else []
+        for template in (self._system, self._template):
+            columns += template.columns if template else ()
+        self.columns = tuple(dict.fromkeys(columns))
+
+    def check(self, schema: pa.Schema) -> None:
+        for name in self.columns:
+            where = "prompt.messages" if name == self._column else "the prompt's template"
+            kind = find_column(schema, name, where)
+            if name == self._column and not (is_text(kind) or _is_messages(kind)):
+                raise InputError(
+                    f"prompt.messages: column {name!r} must hold list<struct<role, content>> or JSON text, found {kind}"
+                )
+            if pat.is_binary(kind) or pat.is_large_binary(kind) or pat.is_fixed_size_binary(kind):
+                raise InputError(f"{where}: column {name!r} is {kind}; a prompt is made of text, so store it as string")
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The rendered template, never blank."""
+        assert self._template is not None
+        text = _run(self._template, row)
+        if not text or text.isspace():
+            raise RowError("the prompt is empty: the template made nothing but white space of this row")
+        return text
+
+    def messages(self, row: dict[str, Any]) -> list[Message]:
+        """The conversation, the last message never blank; as in transformers, null fields are left out."""
+        if self._column is None:
+            messages = [{"role": "user", "content": self.text(row)}]
+        else:
+            messages = _conversation(row[self._column], self._column)
+        if self._system is None:
+            return messages
+        if messages[0]["role"] == "system":
+            raise RowError(f"column {self._column!r} brings a system message, and the job has prompt.system: keep one")
+        return [{"role": "system", "content": _run(self._system, row)}, *messages]
+
+
+def _run(template: RowTemplate, row: dict[str, Any]) -> str:
+    try:
+        return template.render(row)
+    except Exception as error:
+        raise RowError(f"{template.key}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What a template stumbled over. Other exceptions may quote the row, so only their kind is told."""
+    told = str(error) if isinstance(error, (TemplateError, TypeError, RowError)) else type(error).__name__
+    return told if len(told) <= 200 else told[:200] + "…"
+
+
+def _conversation(value: Any, column: str) -> list[Message]:
+    if isinstance(value, Unreadable):
+        raise value.error
+    if value is None:
+        raise RowError(f"column {column!r} is null; expected the messages of a conversation")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise RowError(f"column {column!r} does not hold JSON: {reason}") from None
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else _kind(value)
+        raise RowError(f"column {column!r} must hold a list of messages, found {found}")
+    messages = [_message(item, f"message {i} of column {column!r}") for i, item in enumerate(value)]
+    if _is_blank(messages[-1]):
+        raise RowError(f"the last message of column {column!r} ({messages[-1]['role'][:20]}) is empty")
+    return messages
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f'{where} must be {{"role": …, "content": …}}, found {_kind(item)}')
+    message = {key: value for key, value in item.items() if value is not None}
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise RowError(f"{where} has no role; expected system, user or assistant")
+    if not isinstance(message.get("content", ""), (str, list)):
+        raise RowError(f"{where} must have text as content, found {_kind(message['content'])}")
+    return message
+
+
+def _is_blank(message: Message) -> bool:
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return not content.strip() and not message.get("tool_calls")
+    return not content
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not (pat.is_list(kind) or pat.is_large_list(kind) or pat.is_fixed_size_list(kind)):
+        return False
+    return pat.is_struct(kind.value_type) and {"role", "content"} <= {field.name for field in kind.value_type}
+
+
+def _by_row(cells: dict[str, list[Any]], names: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
+    if not names:  # a template without variables says the same for each row
+        return ({} for _ in range(count))
+    return (dict(zip(names, values)) for values in zip(*(cells[name] for name in names)))
