@@ -22,6 +22,7 @@ SOURCE = HERE / "prompts.jsonl"
 ROW_GROUP = 64  # several row groups even in a small file, so that units and resuming have something to do
 
 TASKS = ("summarise", "extract", "classify", "rewrite", "answer", "translate", "code")
+UNSPACED = ("zh", "ja", "th")  # written without spaces between words
 
 PROMPTS = pa.schema(
     [
@@ -94,7 +95,7 @@ def hostile_rows() -> list[dict]:
     add("composed and decomposed forms that look the same", "Are these equal? caf\u00e9 / cafe\u0301 / \u212b / \u00c5 / A\u030a / \ufb01 / fi")
     add("right-to-left text with numbers", "أجب بكلمة واحدة: ما لون السماء في يوم صافٍ؟ (السؤال 12 من 30)", language="ar")
     add("bidi overrides and isolates, never closed", "Which file is it? \u202eexe.gpj\u202c \u2066\u2067\u202b abc \u05d0\u05d1\u05d2 \u200f123\u200e \u2068")
-    add("letters of other alphabets that look Latin", "Is this address genuine? https://www.pаypаl.example/ассоunt")
+    add("letters of other alphabets that look Latin", "Is this address genuine? https://www.bаnk.example/ассоunt")
     add("characters beyond the basic plane", "What script is this? 𝔊𝔬𝔱𝔥𝔦𝔠 𐍈𐌰 𒀀𒀁 𓀀𓀁 𠀀𠀁 𝟘𝟙𝟚")
     add("eight scripts in one line", "Name the scripts: Ω Ж 漢 か 한 ก अ ა", max_tokens=40)
 
@@ -194,31 +195,35 @@ def check() -> None:
         rule(times == 1, f"{SOURCE.name}: {times} rows have the same prompt: {text[:60]!r}")
     for path, table in tables().items():
         rule(path.exists() and pq.read_table(path).equals(table), f"{path.name} is not current: run python sample_data/make.py")
+    rule(stats() in (HERE / "README.md").read_text(encoding="utf-8"), "README.md: the counts are not current: paste make.py --stats")
     if broken:
         raise SystemExit("\n".join(broken))
     print(f"{len(rows)} prompts, {len(hostile_rows())} hostile rows: ok")
 
 
-def stats() -> None:
-    """Prints Markdown: prompts by task and language, and their lengths."""
+def stats() -> str:
+    """Markdown: prompts by task and language, and their lengths."""
     rows = prompt_rows()
     by_language = Counter(row["language"] for row in rows).most_common()
-    counts = Counter((row["language"], row["task"]) for row in rows)
-    print("| language | " + " | ".join(TASKS) + " | all |")
-    print("|---|" + "---:|" * (len(TASKS) + 1))
-    for language, total in by_language:
-        print(f"| {language} | " + " | ".join(str(counts[language, task] or "") for task in TASKS) + f" | {total} |")
     by_task = Counter(row["task"] for row in rows)
-    print("| **all** | " + " | ".join(str(by_task[task]) for task in TASKS) + f" | {len(rows)} |")
+    counts = Counter((row["language"], row["task"]) for row in rows)
+    text = ["| language | " + " | ".join(TASKS) + " | all |", "|---|" + "---:|" * (len(TASKS) + 1)]
+    for language, total in by_language:
+        text.append(f"| {language} | " + " | ".join(str(counts[language, task] or "") for task in TASKS) + f" | {total} |")
+    text.append("| **all** | " + " | ".join(str(by_task[task]) for task in TASKS) + f" | {len(rows)} |")
 
-    words = sorted(len(row["prompt"].split()) for row in rows if row["language"] not in ("zh", "ja", "th"))
+    words = sorted(len(row["prompt"].split()) for row in rows if row["language"] not in UNSPACED)
     sized = sum(row["max_tokens"] is not None for row in rows)
-    print(
-        f"\n{len(rows)} rows, {len(by_language)} languages, {len(rows) - by_language[0][1]} rows not in {by_language[0][0]}, "
-        f"{len({row['source'] for row in rows})} kinds of text, {sized} rows with max_tokens. "
-        f"Words in a prompt: shortest {words[0]}, median {words[len(words) // 2]}, 90 % under {words[len(words) * 9 // 10]}, "
-        f"longest {words[-1]}; {sum(n >= 400 for n in words)} of 400 or more (Chinese, Japanese and Thai left out)."
+    (_, sharing), *_ = Counter(row["prompt"][:1000] for row in rows if len(row["prompt"]) > 1000).most_common(1)
+    kinds = len({row["source"] for row in rows})
+    text.append(
+        f"\n{len(rows)} rows, {len(by_language)} languages, {sum(row['language'] != 'en' for row in rows)} rows not in English, "
+        f"{kinds} kinds of text, {sized} rows with `max_tokens`. Words in a prompt: shortest {words[0]}, "
+        f"median {words[len(words) // 2]}, nine in ten under {words[len(words) * 9 // 10]}, longest {words[-1]}; "
+        f"{sum(n >= 400 for n in words)} prompts of 400 words or more; {sharing} rows that share their first 1,000 characters. "
+        f"(Words are counted at spaces; {', '.join(UNSPACED)} are left out.)"
     )
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -229,7 +234,7 @@ def main() -> None:
     if chosen.check:
         check()
     if chosen.stats:
-        stats()
+        print(stats())
     if not (chosen.check or chosen.stats):
         write()
 
