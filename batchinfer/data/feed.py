@@ -1,0 +1,131 @@
+"""Feed: rows on their way to the engine. Read, rendered and tokenised ahead of it, a bounded distance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+
+import pyarrow as pa
+
+from batchinfer.data.journal import FinishedUnit, Journal
+from batchinfer.data.prompt import PromptRenderer, row_seed
+from batchinfer.data.source import Source, Unit
+from batchinfer.data.threads import Channel, Halt, Window, Worker
+from batchinfer.request import Request
+
+CHUNK_ROWS = 256  # rows rendered at a time
+AHEAD = (2048, 4_000_000)  # rows and prompt tokens that may wait for the engine
+IN_FLIGHT = (32_768, 512 << 20)  # rows and bytes of units that may be begun and uncommitted
+PATIENCE = 0.005  # seconds an engine with nothing to do waits for a prompt
+
+
+class Feed(Worker):
+    """A thread that turns units into requests, and the engine's end of the line, ``requests``.
+
+    Rows that cannot become a request go straight to the journal, and so do not count on the engine. A failure here ends
+    the line and is kept in ``error``: the rows that the engine has are worth finishing first.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        units: Sequence[Unit],
+        columns: Sequence[str],
+        renderer: PromptRenderer,
+        job_seed: int,
+        journal: Journal,
+        halt: Halt,
+    ) -> None:
+        super().__init__("feed", halt)
+        self.error: BaseException | None = None
+        self.outstanding = 0  # requests the engine has not answered; the caller counts answers down
+        self.waited = 0.0  # seconds the engine had nothing to do for want of prompts
+        self._source, self._units, self._columns = source, units, list(columns)
+        self._renderer, self._job_seed, self._journal = renderer, job_seed, journal
+        self._channel: Channel[list[Request]] = Channel(*AHEAD, halt)
+        self._window = Window(*IN_FLIGHT, halt)
+
+    def __enter__(self) -> Feed:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading. Prompts that the engine did not pull are forgotten."""
+        self.halt.ended = True
+        self.join()
+
+    def requests(self) -> Iterator[Request | None]:
+        """For ``Backend.generate``: the next request, None while none is ready; ends early when the run halts.
+
+        An engine with work under way is never kept waiting; one without is for ``PATIENCE``.
+        """
+        halt, channel = self.halt, self._channel
+        while not halt.now:
+            try:
+                chunk = channel.get(0.0)
+                if chunk is None and not self.outstanding:
+                    begun = time.perf_counter()
+                    chunk = channel.get(PATIENCE)
+                    self.waited += time.perf_counter() - begun
+            except EOFError:
+                return
+            if chunk is None:
+                yield None
+                continue
+            for request in chunk:
+                if halt.now:
+                    return
+                self.outstanding += 1
+                yield request
+
+    def committed(self, finished: FinishedUnit) -> None:
+        """A unit has left the run: make room for another."""
+        self._window.leave(finished.unit.rows, finished.carried.nbytes)
+
+    def work(self) -> None:
+        try:
+            with closing(self._source.read(self._units, self._columns)) as units:
+                while not self.halt.now:
+                    with self.timed("feed.read"):
+                        item = next(units, None)
+                    if item is None:
+                        break
+                    self._unit(*item)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._channel.close()
+
+    def _unit(self, unit: Unit, rows: pa.Table) -> None:
+        with self.timed("feed.wait"):
+            if not self._window.enter(unit.rows, rows.nbytes):
+                return
+        todo = self._journal.expect(unit, rows)
+        prompts = rows.select(list(self._renderer.columns))
+        for begin in range(0, len(todo), CHUNK_ROWS):
+            if self.halt.now:
+                return
+            self._chunk(unit, prompts, todo[begin : begin + CHUNK_ROWS])
+
+    def _chunk(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> None:
+        with self.timed("feed.render"):
+            keys = [(unit.index, row) for row in rows]
+            seeds = [row_seed(self._job_seed, unit.file, unit.first_row + row) for row in rows]
+            contiguous = rows[-1] - rows[0] + 1 == len(rows)
+            table = prompts.slice(rows[0], len(rows)) if contiguous else prompts.take(pa.array(rows, pa.int64()))
+            requests, tokens = [], 0
+            for item in self._renderer.render(table, keys, seeds):
+                if isinstance(item, Request):
+                    requests.append(item)
+                    tokens += len(item.prompt_token_ids)
+                else:
+                    self._journal.add(item)
+        if requests:
+            with self.timed("feed.wait"):
+                self._channel.put(requests, tokens)
+
+
+def needed_columns(*lists: Iterable[str]) -> list[str]:
+    """Each column once, in the order of first mention."""
+    return list(dict.fromkeys(name for names in lists for name in names))

@@ -1,0 +1,392 @@
+"""Ledger: what is planned, what is committed, and who may write. The folder OUT.batchinfer/ beside OUT.
+
+    lock                    flock of the running process; holds its pid, host and start
+    leases/<epoch>.json     one a run: who, where, since when
+    job.json                what decides the completions, written once
+    plan-000.parquet        the frozen units and the files they come from
+    wal/                    finished rows of unfinished units (journal.py)
+    staged/                 written parts that are not committed yet
+    commits/<unit>.json     put if absent: the moment at which a unit's rows exist
+    summary.json            the last run, for people and for tools (report.py)
+
+A unit is committed in this order: its part is written under ``staged/`` and fsynced; the commit record is put if
+absent; the part is moved into OUT; the unit's log is dropped. So a reader of OUT sees committed rows alone, each once,
+even when two runs race (the loser's part never leaves ``staged/``) or the process dies in between (opening the ledger
+finishes the move). Nothing but parts ever lies in OUT, as ``polars.scan_parquet(OUT)`` refuses any other file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.cache import digest
+from batchinfer.data.source import InputFile, Source, Unit
+from batchinfer.data.store import LocalStore
+from batchinfer.errors import DriftError, IntegrityError, LockedError, OutputError
+
+PLAN = "plan-000.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A finished unit: where its rows lie and what they are. Nothing of it ever changes."""
+
+    unit: int
+    part: str  # relative to OUT
+    rows: int
+    bytes: int
+    sha256: str
+    file: str
+    first_row: int
+    failed: int
+    finish_reasons: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    fingerprint: str
+    epoch: int
+    time: float = field(default_factory=time.time)
+
+
+class Ledger:
+    """One job's control folder, held by this process from ``__enter__`` to ``__exit__``.
+
+    Entering takes the lock, clears what a killed run left half-written, finishes what it committed, and checks the
+    commits against the parts on disk.
+
+    Raises:
+        LockedError: another run holds this output.
+        IntegrityError: a committed part is missing or has another size.
+        OutputError: OUT cannot be written, or holds files that are not this job's.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], store: type[LocalStore] = LocalStore) -> None:
+        self.output = Path(os.path.abspath(os.path.expanduser(output)))
+        self.store = store(f"{self.output}.batchinfer")
+        self.epoch = 0
+        self.units: list[Unit] = []
+        self.commits: dict[int, Commit] = {}
+        self.identity: dict[str, Any] | None = None  # job.json; None: this output was not begun
+
+    def __enter__(self) -> Ledger:
+        self._lock = self._take_lock()
+        try:
+            self._load()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.identity is None:  # nothing was begun: leave no trace
+            self.store.remove(["lock"])
+            with contextlib.suppress(OSError):
+                self.store.root.rmdir()
+        self._lock.close()
+
+    # ---- beginning and resuming
+
+    def begin(self, source: Source, unit_rows: int, semantic: dict[str, Any], operational: dict[str, Any]) -> None:
+        """Plan a fresh output, or check that this job continues the one begun.
+
+        Args:
+            semantic: decides the completions; may never change.
+            operational: kept for later runs to look at; may change.
+
+        Raises:
+            DriftError: ``semantic`` or an input file differs from what the output was begun with.
+        """
+        semantic = json.loads(json.dumps(semantic, default=list))
+        if self.identity is not None:
+            self.check_semantic(semantic)
+        else:
+            self._claim_output()
+            self.units = source.units(unit_rows)
+            self.store.replace(PLAN, _plan_bytes(self.units, source.files))
+            self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
+        self.identity = {**self.identity, **operational}
+        self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
+        for folder in ("leases", "wal", "staged", "commits"):
+            self.store.make_folder(folder)
+        for folder in (".", ".."):  # OUT and its control folder, and what is in that, survive a power cut
+            self.store.sync(folder)
+        lease = json.dumps(_holder()).encode()
+        self.epoch = 1 + max((int(name.split(".")[0]) for name in self.store.list("leases", ".json")), default=0)
+        while not self.store.put_if_absent(f"leases/{self.epoch:06d}.json", lease):
+            self.epoch += 1
+
+    def check_semantic(self, semantic: dict[str, Any], sections: tuple[str, ...] = ()) -> None:
+        """Raises: DriftError with a readable difference. ``sections``: compare these top-level keys alone."""
+        assert self.identity is not None
+        before, now = self.identity["semantic"], json.loads(json.dumps(semantic, default=list))
+        if sections:
+            before, now = ({k: tree.get(k) for k in sections} for tree in (before, now))
+        if changes := list(_differences(before, now)):
+            raise DriftError(
+                f"the job differs from the one that {self.output} was begun with:\n  "
+                + "\n  ".join(changes)
+                + "\nrows of two jobs would be mixed. Undo the change, or choose another output.path"
+            )
+
+    def check_input(self, source: Source) -> None:
+        """Raises: DriftError naming the first input file that was changed, removed or added since the plan was made."""
+        planned, found = self.planned_files(), source.files
+        for name, file in planned.items():
+            if name not in found:
+                raise DriftError(f"input file {name} ({file['path']}) was there when the output was begun and is gone")
+            now = asdict(found[name])
+            changed = [key for key in ("size", "mtime_ns", "footer") if now[key] != file[key]]
+            if changed:
+                raise DriftError(
+                    f"input file {now['path']} was changed since the output was begun: {changed[0]} was "
+                    f"{file[changed[0]]}, is {now[changed[0]]}. Put the old file back, or choose another output.path"
+                )
+        if added := sorted(found.keys() - planned.keys()):
+            raise DriftError(
+                f"input file {found[added[0]].path} was added since the output was begun"
+                + (f" (and {len(added) - 1} more)" if len(added) > 1 else "")
+                + ". Take it away, or choose another output.path"
+            )
+
+    def planned_files(self) -> dict[str, dict[str, Any]]:
+        """Name → path, size, mtime_ns and footer of each input file, as planned."""
+        plan = pq.read_table(pa.BufferReader(self.store.read(PLAN)))
+        rows = plan.select(["file", "path", "size", "mtime_ns", "footer"])
+        return {row["file"]: row for row in rows.group_by(rows.column_names).aggregate([]).to_pylist()}
+
+    # ---- units and their commits
+
+    @property
+    def fingerprint(self) -> str:
+        assert self.identity is not None
+        return self.identity["fingerprint"]
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.rows for unit in self.units)
+
+    @property
+    def complete(self) -> bool:
+        return self.identity is not None and len(self.commits) == len(self.units)
+
+    def pending(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.index not in self.commits]
+
+    def part_name(self, unit: Unit) -> str:
+        """Where a unit's rows go in OUT: beside the input's own partition folders."""
+        folder = unit.file.rpartition("/")[0]
+        return f"{folder}/part-{unit.index:06d}-{self.epoch}.parquet".lstrip("/")
+
+    def stage(self, unit: Unit, part: bytes) -> None:
+        """Write a part where no reader looks."""
+        self.store.write(self._staged(unit.index, self.epoch), part)
+
+    def commit(self, commits: list[Commit]) -> None:
+        """Make staged units exist. A unit that another run committed first is dropped here, its part thrown away."""
+        self.store.sync("staged")
+        for commit in commits:
+            name = self._staged(commit.unit, commit.epoch)
+            record = json.dumps(asdict(commit), separators=(",", ":")).encode()
+            if self.store.put_if_absent(f"commits/{commit.unit:06d}.json", record):
+                self._publish(commit)
+                self.commits[commit.unit] = commit
+            else:
+                self.store.remove([name])
+                self.commits[commit.unit] = self._read_commit(f"{commit.unit:06d}.json")
+
+    def verify(self) -> int:
+        """Re-read every committed part: checksum and row count. Returns the rows verified.
+
+        Raises: IntegrityError naming every part that is not what was committed.
+        """
+        problems = []
+        for commit in self.commits.values():
+            path = self.output / commit.part
+            try:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != commit.sha256:
+                    problems.append(f"{path}: its bytes are not those committed (sha256 differs)")
+                elif pq.read_metadata(pa.BufferReader(data)).num_rows != commit.rows:
+                    problems.append(f"{path}: does not hold the {commit.rows} rows committed")
+            except OSError as error:
+                problems.append(f"{path}: {error.strerror or error}")
+        if problems:
+            raise IntegrityError("committed parts are damaged:\n  " + "\n  ".join(problems))
+        return sum(commit.rows for commit in self.commits.values())
+
+    # ---- inside
+
+    def _take_lock(self) -> Any:
+        while True:
+            self.store.make_folder(".")
+            path = self.store.path("lock")
+            try:
+                stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (held until the ledger closes)
+            except OSError as error:
+                raise OutputError(f"cannot write {path}: {error.strerror}") from None
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stream.seek(0)
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    who = json.loads(stream.read())
+                    holder = f"process {who['pid']} on {who['host']}, since {who['since']}"
+                    raise LockedError(f"{self.output} is being written by another run: {holder}") from None
+                raise LockedError(f"{self.output} is being written by another run") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
+                    break
+            stream.close()  # its last holder removed it while we waited: take the new one
+        stream.truncate(0)
+        json.dump(_holder(), stream)
+        stream.flush()
+        return stream
+
+    def _load(self) -> None:
+        try:
+            self.identity = json.loads(self.store.read("job.json"))
+            plan = pq.read_table(pa.BufferReader(self.store.read(PLAN)))
+        except FileNotFoundError:
+            self.identity = None
+            return
+        except (ValueError, pa.ArrowException) as error:
+            raise IntegrityError(f"{self.store.root} is damaged: {error}") from None
+        self.units = [
+            Unit(u["unit"], u["file"], u["first_row"], u["rows"], (u["first_row_group"], u["last_row_group"]))
+            for u in plan.drop_columns(["path", "size", "mtime_ns", "footer"]).to_pylist()
+        ]
+        for name in self.store.list("commits", ".json"):
+            commit = self._read_commit(name)
+            self.commits[commit.unit] = commit
+        for commit in self.commits.values():
+            self._check_published(commit)
+        self._clear()
+
+    def _read_commit(self, name: str) -> Commit:
+        try:
+            return Commit(**json.loads(self.store.read(f"commits/{name}")))
+        except (ValueError, TypeError) as error:
+            raise IntegrityError(f"commit record {self.store.path(f'commits/{name}')} is damaged: {error}") from None
+
+    def _check_published(self, commit: Commit) -> None:
+        try:
+            size = os.stat(self.output / commit.part).st_size
+        except FileNotFoundError:
+            size = self.store.size(self._staged(commit.unit, commit.epoch))
+            if size == commit.bytes:  # the run died between the commit and the move
+                self._publish(commit)
+        if size != commit.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise IntegrityError(
+                f"{self.output / commit.part} {found}; {commit.bytes} bytes were committed. Restore it, or start over "
+                f"by deleting {self.output} and {self.store.root}"
+            )
+
+    def _publish(self, commit: Commit) -> None:
+        try:
+            self.store.move(self.store.path(self._staged(commit.unit, commit.epoch)), self.output / commit.part)
+        except OutputError:
+            if not (self.output / commit.part).exists():  # else another run published it for us
+                raise
+
+    def _clear(self) -> None:
+        """Remove what dead runs left. The lock is ours; should it not hold on this file system, a live run's stay."""
+        alive = {name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if self._alive(name)}
+        staged = self.store.list("staged")
+        self.store.remove(f"staged/{name}" for name in staged if name.split(".")[1] not in alive)
+        for folder in (".", "commits", "leases"):
+            temporary = self.store.list(folder, ".tmp")
+            self.store.remove(f"{folder}/{name}" for name in temporary if not _running(name.split(".")[-2]))
+        self.store.remove(f"wal/{name}" for name in self.store.list("wal") if int(name.split(".")[0]) in self.commits)
+
+    def _alive(self, lease: str) -> bool:
+        try:
+            holder = json.loads(self.store.read(f"leases/{lease}"))
+            return holder["host"] == socket.gethostname() and _running(holder["pid"])
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            return False
+
+    def _claim_output(self) -> None:
+        """Raises: OutputError if OUT holds somebody else's files or is another file system than its control folder."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            entries = sorted(os.listdir(self.output))
+            mounted = os.stat(self.output).st_dev != os.stat(self.store.root).st_dev
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.output}: {error.strerror}") from None
+        if entries:
+            raise OutputError(
+                f"{self.output} is not empty (it holds {entries[0]}) and no job was begun in it; choose another "
+                "output.path or empty it"
+            )
+        if mounted:
+            raise OutputError(
+                f"{self.output} is a mount point, so its control folder {self.store.root} would lie on another file "
+                f"system; choose a folder inside it, such as {self.output / 'completions'}"
+            )
+
+    @staticmethod
+    def _staged(unit: int, epoch: int) -> str:
+        return f"staged/{unit:06d}.{epoch}"
+
+
+def _plan_bytes(units: list[Unit], files: dict[str, InputFile]) -> bytes:
+    of = [files[unit.file] for unit in units]
+    table = pa.table(
+        {
+            "unit": pa.array([unit.index for unit in units], pa.int64()),
+            "file": pa.array([unit.file for unit in units], pa.string()),
+            "first_row": pa.array([unit.first_row for unit in units], pa.int64()),
+            "rows": pa.array([unit.rows for unit in units], pa.int64()),
+            "first_row_group": pa.array([unit.row_groups[0] for unit in units], pa.int32()),
+            "last_row_group": pa.array([unit.row_groups[1] for unit in units], pa.int32()),
+            "path": pa.array([file.path for file in of], pa.string()),
+            "size": pa.array([file.size for file in of], pa.int64()),
+            "mtime_ns": pa.array([file.mtime_ns for file in of], pa.int64()),
+            "footer": pa.array([file.footer for file in of], pa.string()),
+        }
+    )
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes()
+
+
+def _running(pid: int | str) -> bool:
+    """Whether another process of this machine has that id."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return int(pid) != os.getpid()
+
+
+def _holder() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """``prompt.template: 'a' -> 'b'``, one line a leaf."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{key}: {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:160]}…"

@@ -1,0 +1,208 @@
+"""What a run tells: progress while it goes, a summary when it ends, a look at its first rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.backends.base import Load
+from batchinfer.data.journal import Tally
+from batchinfer.data.ledger import Ledger
+from batchinfer.errors import ExitCode
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. ``job`` counts everything committed so far, ``run`` what this run computed."""
+
+    output: Path
+    state: Literal["complete", "stopped"]
+    exit_code: ExitCode
+    rows: int = 0  # of the whole job
+    job: Tally = field(default_factory=Tally)
+    run: Tally = field(default_factory=Tally)
+    seconds: float = 0.0  # wall time of this run, engine loading included
+    load: Load | None = None  # the engine's own counters; None if it was not needed
+    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage; threads overlap
+    peak_rss: int = 0  # bytes
+
+    @property
+    def tokens_per_second(self) -> dict[str, float]:
+        """Over the time in which the engine generated."""
+        seconds = self.stages.get("generate") or self.seconds or 1.0
+        prompt, completion = self.run.prompt_tokens / seconds, self.run.completion_tokens / seconds
+        return {"prompt": prompt, "completion": completion, "total": prompt + completion}
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {name: round(rate, 1) for name, rate in self.tokens_per_second.items()}
+        return {
+            "output": str(self.output),
+            "state": self.state,
+            "exit_code": int(self.exit_code),
+            "total_rows": self.rows,
+            "job": _counts(self.job),
+            "run": _counts(self.run) | {"seconds": round(self.seconds, 3), "tokens_per_second": rates},
+            "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
+            "peak_rss_bytes": self.peak_rss,
+            "load": asdict(self.load) if self.load else None,
+        }
+
+    def __str__(self) -> str:
+        done = f"{self.job.rows:,}" if self.job.rows == self.rows else f"{self.job.rows:,} of {self.rows:,}"
+        failed = f" ({self.job.failed:,} failed)" if self.job.failed else ""
+        parts = [f"{done} rows{failed}"]
+        parts.append(f"{self.job.prompt_tokens:,} tokens in, {self.job.completion_tokens:,} out")
+        if self.run.rows:
+            parts.append(f"{self.tokens_per_second['total']:,.0f} tok/s")
+            parts.append(f"{_clock(self.seconds)} wall")
+        elif self.state == "complete":
+            parts.append("nothing left to do")
+        if self.state == "stopped":
+            parts.append("stopped early, run again to go on")
+        return " · ".join([*parts, str(self.output)])
+
+
+def _counts(tally: Tally) -> dict[str, Any]:
+    return {
+        "rows": tally.rows,
+        "ok": tally.rows - tally.failed,
+        "failed": tally.failed,
+        "finish_reasons": dict(tally.finish_reasons),
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+    }
+
+
+def summarize(
+    ledger: Ledger,
+    max_failed_fraction: float,
+    *,
+    run: Tally | None = None,
+    seconds: float = 0.0,
+    load: Load | None = None,
+    stages: dict[str, float] | None = None,
+) -> Summary:
+    """The summary of a ledger as it stands."""
+    job = Tally()
+    for commit in ledger.commits.values():
+        job.rows += commit.rows
+        job.failed += commit.failed
+        job.prompt_tokens += commit.prompt_tokens
+        job.completion_tokens += commit.completion_tokens
+        job.finish_reasons.update(commit.finish_reasons)
+    code = ExitCode.OK if ledger.complete else ExitCode.STOPPED
+    if ledger.complete and job.failed > max_failed_fraction * job.rows:
+        code = ExitCode.FAILED_ROWS
+    return Summary(
+        output=ledger.output,
+        state="complete" if ledger.complete else "stopped",
+        exit_code=code,
+        rows=ledger.rows,
+        job=job,
+        run=run or Tally(),
+        seconds=seconds,
+        load=load,
+        stages=stages or {},
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def write_summary(ledger: Ledger, summary: Summary) -> None:
+    ledger.store.replace(SUMMARY, json.dumps(summary.as_dict(), indent=1).encode())
+
+
+def first_rows(output: str | os.PathLike[str], count: int) -> pa.Table:
+    """The first committed rows of an output, in the input's order, with the columns of its parts."""
+    root = Path(os.path.expanduser(output))
+    tables: list[pa.Table] = []
+    for record in sorted(Path(f"{root}.batchinfer", "commits").glob("*.json")):
+        if count <= 0:
+            break
+        with pq.ParquetFile(root / json.loads(record.read_bytes())["part"]) as part:
+            table = pa.Table.from_batches(part.iter_batches(max(count, 1)), part.schema_arrow).slice(0, count)
+        tables.append(table.replace_schema_metadata(None))
+        count -= table.num_rows
+    return pa.concat_tables(tables) if tables else pa.table({})
+
+
+class Progress:
+    """Tells how a run is getting on: a bar on a terminal, otherwise a line on stderr now and then.
+
+    Args:
+        before: rows committed before this run.
+        tally: what this run has finished; read from another thread, so it may be a moment old.
+        shown: None shows a bar on a terminal and lines elsewhere; True lines or bar the same; False nothing.
+    """
+
+    def __init__(
+        self, rows: int, before: int, tally: Tally, load: Callable[[], Load], log_seconds: float, shown: bool | None
+    ) -> None:
+        self._rows, self._before, self._tally, self._load = rows, before, tally, load
+        self._on_terminal = sys.stderr.isatty()
+        self._interval = 0.5 if self._on_terminal else log_seconds
+        self._shown = shown is not False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="batchinfer-progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._begun = time.monotonic()
+        self._last = (self._begun, 0)
+        if self._shown:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._shown:
+            self._thread.join()
+
+    def _tell(self) -> None:
+        if not self._on_terminal:
+            while not self._ended.wait(self._interval):
+                print(f"batchinfer: {self._line()}", file=sys.stderr, flush=True)
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=self._rows, initial=self._before, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+            ended = False
+            while not ended:
+                ended = self._ended.wait(self._interval)
+                bar.set_postfix_str(self._engine(), refresh=False)
+                bar.update(self._before + self._tally.rows - bar.n)
+
+    def _engine(self) -> str:
+        load, tokens, now = self._load(), self._tally.prompt_tokens + self._tally.completion_tokens, time.monotonic()
+        rate = (tokens - self._last[1]) / max(now - self._last[0], 1e-3)
+        self._last = (now, tokens)
+        failed = f", {self._tally.failed:,} failed" if self._tally.failed else ""
+        return f"{rate:,.0f} tok/s, {load.running:,} running, KV {load.kv_used:.0%}{failed}"
+
+    def _line(self) -> str:
+        done = self._before + self._tally.rows
+        share = f" ({done / self._rows:.0%})" if self._rows else ""
+        seconds = time.monotonic() - self._begun
+        left = ""
+        if self._tally.rows:
+            left = f", {_clock(seconds / self._tally.rows * (self._rows - done))} left"
+        return f"{done:,}/{self._rows:,} rows{share}, {self._engine()}{left}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"

@@ -1,0 +1,144 @@
+"""The run itself: source → prompts → backend → journal → sink."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from batchinfer.backends import Backend, open_backend
+from batchinfer.data.feed import Feed, needed_columns
+from batchinfer.data.journal import Journal, ResultSchema
+from batchinfer.data.ledger import Ledger
+from batchinfer.data.prompt import PromptRenderer, check_columns
+from batchinfer.data.report import Progress, Summary, summarize, write_summary
+from batchinfer.data.sink import OutputSchema, Sink
+from batchinfer.data.source import Source
+from batchinfer.data.threads import Halt, StopNow, StopSignals
+from batchinfer.engine.model.source import ModelSource
+from batchinfer.errors import EngineError, ExitCode, JobError, ModelError
+from batchinfer.job import Job
+
+
+def run(
+    job: Job | str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, progress: bool | None = None
+) -> Summary:
+    """Work through a job until every row of its input has a row in its output. Running it again resumes.
+
+    SIGINT and SIGTERM stop admission, let running rows finish and commit; a second one ends at once. Either way nothing
+    finished is lost, and the summary's ``exit_code`` is 75. A job that is complete returns without loading the model.
+
+    Args:
+        job: a Job, or the path of a job file, which ``overrides`` (dotted key → value) apply to.
+        progress: False for silence.
+
+    Raises:
+        JobError: the job, its input, model or output cannot be used; nothing was computed.
+        DriftError: job or input changed since the output was begun.
+        LockedError: another run holds the output.
+        IntegrityError: what lies on disk is not what was committed.
+        EngineError: the engine failed; run again to go on.
+    """
+    begun = time.perf_counter()
+    if isinstance(job, Job):
+        if overrides:
+            raise JobError("overrides apply to a job file; change a Job before it is run")
+    else:
+        job = Job.load(job, overrides)
+    halt = Halt()
+    with StopSignals(halt) as signals:
+        try:
+            source = Source(job.input.path, job.output.path)
+            plan = _Columns(job, source)
+            with Ledger(job.output.path) as ledger:
+                if ledger.identity is not None:
+                    ledger.check_semantic(job.semantic(), tuple(job.semantic()))
+                    ledger.check_input(source)
+                if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
+                    return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
+                with closing(open_backend(job)) as backend:
+                    return _work(job, source, plan, ledger, backend, halt, signals, begun, progress)
+        except StopNow:  # before any work
+            return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+
+
+class _Columns:
+    """Which columns are read, rendered and written; wrong names end the run before it begins."""
+
+    def __init__(self, job: Job, source: Source) -> None:
+        self.results = ResultSchema(job.sampling.n)
+        self.output = OutputSchema(job.output, source.schema, self.results)
+        asked = check_columns(job.prompt, job.sampling, source.schema)
+        self.read = needed_columns(self.output.carried, asked) or source.schema.names[:1]
+
+
+def _work(
+    job: Job,
+    source: Source,
+    columns: _Columns,
+    ledger: Ledger,
+    backend: Backend,
+    halt: Halt,
+    signals: StopSignals,
+    begun: float,
+    progress: bool | None,
+) -> Summary:
+    opened = time.perf_counter()
+    renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
+    ledger.begin(
+        source,
+        job.checkpoint.unit_rows,
+        semantic={**job.semantic(), "engine": backend.fingerprint},
+        operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json")},
+    )
+    before = sum(commit.rows for commit in ledger.commits.values())
+    sync = (job.checkpoint.sync_seconds, job.checkpoint.sync_rows)
+    sink = Sink(ledger, columns.output, job.output.compression, job.job.name, lambda unit: feed.committed(unit), halt)
+    journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
+    feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
+    told = Progress(ledger.rows, before, journal.tally, backend.load, job.report.log_seconds, progress)
+    started = generated = time.perf_counter()
+    try:
+        with sink, journal, feed, told:
+            signals.phase = "work"
+            try:
+                for completion in backend.generate(feed.requests()):
+                    feed.outstanding -= 1
+                    journal.add(completion)
+                    if halt.error is not None:
+                        break
+            finally:
+                signals.phase = "end"
+                generated = time.perf_counter()
+    except StopNow:
+        halt.stopping = True
+    for error in (halt.error, feed.error):
+        if error is not None:
+            raise error
+    if not halt.stopping and not ledger.complete:
+        raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
+    stages = {"open": opened - begun, "generate": generated - started, "generate.wait": feed.waited}
+    stages |= feed.seconds | journal.seconds | sink.seconds
+    summary = summarize(
+        ledger,
+        job.limits.max_failed_fraction,
+        run=journal.tally,
+        seconds=time.perf_counter() - begun,
+        load=backend.load(),
+        stages=stages,
+    )
+    write_summary(ledger, summary)
+    return summary
+
+
+def _model_at_a_glance(job: Job) -> dict[str, Any]:
+    """Whether the model may have changed, told without opening it. Equal: it has not. Else its fingerprint decides."""
+    try:
+        files = ModelSource.resolve(job.model.path).stat_digest()
+    except (ModelError, OSError):
+        files = None
+    asked = job.engine.model_dump(include={"backend", "plan", "device", "dtype"})
+    return {"path": job.model.path, "files": files, **asked}
