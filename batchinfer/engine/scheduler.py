@@ -41,6 +41,7 @@ class StepBatch:
     token_ids: np.ndarray  # int32 [tokens]
     positions: np.ndarray  # int32 [tokens]
     slots: np.ndarray  # int32 [tokens] KV slot of each token: page * page_size + offset
+    rows: np.ndarray  # int64 [sequences]
     query_starts: np.ndarray  # int32 [sequences + 1]
     context_lens: np.ndarray  # int32 [sequences]
     page_table: np.ndarray  # int32 [sequences, pages]
@@ -306,6 +307,7 @@ class Scheduler:
             token_ids=self._tokens[owners, positions],
             positions=positions.astype(np.int32),
             slots=(pages * self.page_size + positions % self.page_size).astype(np.int32),
+            rows=rows,
             query_starts=np.concatenate([[0], ends]).astype(np.int32),
             context_lens=context,
             page_table=self._page_table[rows, : self._held[rows].max()],

@@ -1,0 +1,200 @@
+"""What the engine promises to whoever calls it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from batchinfer import BatchInferError, Engine, Request, SamplingParams
+from batchinfer.engine.build import build
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.errors import ModelError
+from tests.engine.tiny import make_model
+
+SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny"), "llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model, dtype="float32", device="cpu", batch_size=64, step_tokens=256, seq_len=256)
+
+
+def ids(seed: int, length: int = 30) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def only(completions):
+    (completion,) = completions
+    return completion
+
+
+def test_a_row_gets_the_same_tokens_alone_and_in_a_batch_of_64(engine):
+    together = {c.key: c.outputs[0].token_ids for c in engine.generate([ids(i, 5 + i) for i in range(64)], SAMPLED)}
+    for i in range(64):
+        assert only(engine.generate([ids(i, 5 + i)], SAMPLED)).outputs[0].token_ids == together[i]
+
+
+def test_another_seed_gives_other_tokens_and_the_same_seed_the_same(engine):
+    def with_seed(seed):
+        params = SamplingParams(max_tokens=24, temperature=1.5, seed=seed)
+        return only(engine.generate([ids(0)], params)).outputs[0].token_ids
+
+    assert with_seed(1) == with_seed(1) != with_seed(2)
+
+
+def test_n_completions_come_together_differ_and_share_the_prompt(engine):
+    params = SamplingParams(max_tokens=16, temperature=1.5, n=4, seed=5)
+    completion = only(engine.generate([ids(100, 100)], params))
+    assert len({tuple(o.token_ids) for o in completion.outputs}) == 4
+    assert completion.cached_tokens >= 3 * 80
+    first = only(engine.generate([ids(100, 100)], SamplingParams(max_tokens=16, temperature=1.5, seed=5)))
+    assert first.outputs[0].token_ids == completion.outputs[0].token_ids
+
+
+def test_a_stop_string_ends_a_completion_and_is_cut_off(engine):
+    free = only(engine.generate([ids(3)], SamplingParams(max_tokens=30, ignore_eos=True))).outputs[0]
+    stop = free.text[4:7]
+    stopped = only(engine.generate([ids(3)], SamplingParams(max_tokens=30, ignore_eos=True, stop=(stop,)))).outputs[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert len(stopped.token_ids) < len(free.token_ids)
+
+
+def test_a_stop_token_ends_a_completion_and_is_not_in_its_text(engine):
+    free = only(engine.generate([ids(4)], SamplingParams(max_tokens=30, ignore_eos=True))).outputs[0]
+    token = free.token_ids[6]
+    cut = free.token_ids.index(token)
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop_token_ids=(token,))
+    stopped = only(engine.generate([ids(4)], params)).outputs[0]
+    assert (stopped.finish_reason, stopped.token_ids) == ("stop", free.token_ids[: cut + 1])
+    assert stopped.text == engine.text.decode(free.token_ids[:cut])
+
+
+def test_requests_are_pulled_only_when_there_is_room_and_none_means_go_on(model):
+    engine = Engine(model, dtype="float32", device="cpu", batch_size=4, step_tokens=64, seq_len=128)
+    pulled = 0
+
+    def source():
+        nonlocal pulled
+        for i in range(40):
+            yield None
+            pulled += 1
+            yield Request(i, ids(i), SamplingParams(max_tokens=6, ignore_eos=True))
+
+    done = 0
+    for _ in engine.generate(source()):
+        done += 1
+        assert pulled - done <= 4
+    assert done == 40
+
+
+def test_requests_that_cannot_be_served_come_back_as_errors_and_the_rest_goes_on(engine):
+    prompts = [[], ids(1), ids(2, 256), ids(3, 255)]
+    completions = {c.key: c for c in engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))}
+    assert "empty" in completions[0].error
+    assert "256 tokens" in completions[2].error and "at most 255" in completions[2].error
+    assert len(completions[1].outputs[0].token_ids) == 8
+    assert completions[3].outputs[0].finish_reason == "length" and len(completions[3].outputs[0].token_ids) == 1
+
+
+def test_an_engine_left_in_the_middle_can_be_used_again(engine):
+    for _ in engine.generate([ids(i) for i in range(30)], SAMPLED):
+        break
+    assert engine.pages.held == 0
+    assert len(list(engine.generate([ids(i) for i in range(5)], SAMPLED))) == 5
+
+
+def test_text_prompts_are_tokenised_and_completions_decoded(engine):
+    completion = only(engine.generate(["hello"], SamplingParams(max_tokens=5, ignore_eos=True)))
+    assert completion.prompt_tokens == 5
+    assert isinstance(completion.outputs[0].text, str)
+
+
+def test_a_built_plan_gives_the_same_tokens_and_is_found_again(model, tmp_path, engine, monkeypatch):
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "cache"))
+    plan = build(str(model), tmp_path / "plan", dtype="float32", device="cpu", batch_size=8, seq_len=256, progress=False)
+    assert EnginePlan.load(tmp_path / "plan") == plan
+    again = only(Engine(tmp_path / "plan").generate([ids(0)], SAMPLED))
+    assert again.outputs == only(engine.generate([ids(0)], SAMPLED)).outputs
+    cached = build(str(model), dtype="float32", progress=False)
+    assert cached.path.parent == tmp_path / "cache" / "engines"
+    stamp = (cached.path / "plan.json").stat().st_mtime_ns
+    assert (build(str(model), dtype="float32", progress=False).path / "plan.json").stat().st_mtime_ns == stamp
+
+
+def test_equal_builds_are_equal_byte_for_byte(model, tmp_path):
+    for name in ("a", "b"):
+        build(str(model), tmp_path / name, dtype="float32", device="cpu", progress=False)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_an_interrupted_build_leaves_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("batchinfer.engine.build.save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(str(model), tmp_path / "plan", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def break_model(folder, how):
+    if how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "pickled":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif how == "torn":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    elif how == "shape":
+        config = (folder / "config.json").read_text().replace('"intermediate_size": 80', '"intermediate_size": 96')
+        (folder / "config.json").write_text(config)
+    elif how == "family":
+        (folder / "config.json").write_text('{"model_type": "mamba"}')
+    elif how == "keys":
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif how == "json":
+        (folder / "config.json").write_text("{")
+    elif how == "config":
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no weights", "no weights"),
+        ("pickled", "pickled weights are never loaded"),
+        ("torn", "not a readable safetensors"),
+        ("shape", r"shape \[160, 48\], the config says \[192, 48\]"),
+        ("family", "'mamba' is not supported; supported: llama, mistral"),
+        ("keys", "has no 'num_attention_heads'"),
+        ("json", "cannot read"),
+        ("config", "no config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_used_gives_one_clear_error(tmp_path, how, message):
+    folder = make_model(tmp_path / "model", "llama")
+    break_model(folder, how)
+    with pytest.raises(ModelError, match=message):
+        build(str(folder), tmp_path / "plan", progress=False)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_plan_of_another_device_is_refused_naming_both(model, tmp_path):
+    plan = build(str(model), tmp_path / "plan", dtype="float32", device="cpu", progress=False)
+    file = plan.path / "plan.json"
+    file.write_text(file.read_text().replace(plan.fingerprint["device"], "CPU riscv64 RVV"))
+    with pytest.raises(ModelError, match="built for CPU riscv64 RVV, this machine has CPU"):
+        EnginePlan.load(plan.path)
+
+
+def test_a_model_that_is_nowhere_is_named_with_what_would_do():
+    with pytest.raises(BatchInferError, match="no model at nowhere/at-all.*Hugging Face folder.*smollm2"):
+        Engine("nowhere/at-all")
+
+
+def test_too_little_memory_for_one_sequence_is_said(model):
+    with pytest.raises(ModelError, match="raise engine.kv_cache_gib or lower engine.profile.seq_len"):
+        Engine(model, dtype="float32", device="cpu", kv_cache_gib=1e-6)

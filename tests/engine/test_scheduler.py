@@ -1,0 +1,207 @@
+"""The scheduler's promises, under random jobs: every token computed once and in order, pages never lost or mixed up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchinfer.engine.kv_cache import PagePool, page_hashes
+from batchinfer.engine.plan import Profile
+from batchinfer.engine.scheduler import Scheduler, Sequence
+from batchinfer.request import SamplingParams
+
+EOS = 1
+PAGE = 4
+SEQ_LEN = 48
+
+
+class FakeModel:
+    """Remembers what was written to each KV slot, and what each sequence could see there."""
+
+    def __init__(self, pages: int) -> None:
+        self.slots = np.full(pages * PAGE, -1, np.int64)
+        self.seen: dict[int, np.ndarray] = {}  # row → the tokens its last query could see
+
+    def run(self, step, eos_chance: float, rng) -> np.ndarray:
+        self.seen.clear()
+        # As in each layer of the real model: the whole step writes before any of it reads.
+        self.slots[step.slots] = step.token_ids
+        for s in range(len(step.context_lens)):
+            rows = slice(step.query_starts[s], step.query_starts[s + 1])
+            context = step.context_lens[s]
+            count = rows.stop - rows.start
+            assert step.positions[rows].tolist() == list(range(context - count, context))
+            pages = step.page_table[s, : -(-context // PAGE)]
+            self.seen[int(step.rows[s])] = self.slots[(pages[:, None] * PAGE + np.arange(PAGE)).ravel()[:context]]
+        return np.where(rng.random(len(step.sampled)) < eos_chance, EOS, rng.integers(2, 9, len(step.sampled)))
+
+
+def jobs():
+    sequence = st.tuples(
+        st.integers(1, SEQ_LEN - 1),  # prompt length
+        st.integers(1, 30),  # max tokens
+        st.integers(0, 2),  # which common prefix
+        st.booleans(),  # ignore EOS
+    )
+    return st.lists(sequence, min_size=1, max_size=25)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    jobs(),
+    st.integers(1, 6),  # batch size
+    st.integers(1, 40),  # step tokens beyond the batch size
+    st.integers(SEQ_LEN // PAGE, 3 * SEQ_LEN // PAGE),  # pages
+    st.booleans(),  # share prefixes
+    st.floats(0, 0.3),  # how likely a token is EOS
+    st.floats(0, 1),  # what the scheduler believes of output lengths at first
+    st.integers(0, 2**31),
+)
+def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pages, share, eos, belief, seed):
+    rng = np.random.default_rng(seed)
+    prefixes = rng.integers(2, 9, (3, SEQ_LEN))
+    pool = PagePool(pages)
+    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share)
+    scheduler._used_share = belief
+    model = FakeModel(pages)
+    sequences = []
+    for i, (length, max_tokens, prefix, ignore_eos) in enumerate(job):
+        ids = prefixes[prefix, :length].astype(np.int32)
+        limit = min(length + max_tokens, SEQ_LEN)
+        sequences.append(Sequence(i, ids, length, limit, SamplingParams(ignore_eos=ignore_eos)))
+        scheduler.add(sequences[-1])
+    prompts = {s.owner: s.token_ids for s in sequences}
+
+    finished: list[Sequence] = []
+    admitted: list[int] = []
+    for _ in range(10_000):
+        if not (scheduler.waiting or scheduler.num_running):
+            break
+        step = scheduler.schedule()
+        assert step is not None, "work is left and nothing runs: starvation"
+        assert 0 < step.num_tokens <= scheduler.profile.step_tokens
+        assert scheduler.num_running <= batch
+        tokens = model.run(step, eos, rng)
+        check_pages(scheduler, pool)
+        for row, seen in model.seen.items():
+            assert seen.tolist() == scheduler._tokens[row, : len(seen)].tolist()
+        owners = [scheduler._sequences[row].owner for row in step.rows]
+        admitted += [owner for owner in owners if owner not in admitted]
+        finished += scheduler.complete(step, tokens.astype(np.int32))
+    assert sorted(s.owner for s in finished) == list(range(len(job)))
+    assert admitted == sorted(admitted), "a later sequence ran before an earlier one"
+    assert pool.held == 0 and not pool.references.any()
+    for s in finished:
+        assert s.token_ids[: s.prompt_len].tolist() == prompts[s.owner].tolist()
+        ends = s.completion_ids[-1] == EOS and not s.sampling.ignore_eos
+        assert s.finish_reason == ("stop" if ends else "length")
+        assert ends or len(s.token_ids) == s.limit
+
+
+def check_pages(scheduler: Scheduler, pool: PagePool) -> None:
+    """Each page is free, idle or held, and held exactly as often as the tables of running rows name it."""
+    named: Counter = Counter()
+    for row in scheduler._running.tolist():
+        pages = scheduler._page_table[row, : scheduler._held[row]].tolist()
+        assert len(set(pages)) == len(pages)
+        named.update(pages)
+    assert {page: int(n) for page, n in enumerate(pool.references) if n} == dict(named)
+    free = pool._free[: pool._num_free].tolist()
+    assert len(set(free)) == len(free)
+    assert not set(free) & set(named) and not set(free) & set(pool._idle) and not set(pool._idle) & set(named)
+    assert len(free) + len(pool._idle) + len(named) == pool.num_pages
+
+
+def run_alone(scheduler: Scheduler) -> int:
+    steps = 0
+    while (step := scheduler.schedule()) is not None:
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+        steps += 1
+    return steps
+
+
+def sequence(ids, max_tokens=4) -> Sequence:
+    ids = np.asarray(ids, np.int32)
+    return Sequence(None, ids, len(ids), len(ids) + max_tokens, SamplingParams())
+
+
+def test_sequences_admitted_together_compute_their_common_prefix_once():
+    scheduler = Scheduler(Profile(8, 400, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    for tail in range(8):
+        scheduler.add(sequence([7] * 21 + [tail]))
+    step = scheduler.schedule()
+    assert step.num_tokens == 22 + 7 * 2  # five full pages are shared, two tokens are each row's own
+
+
+def test_a_prefix_is_found_again_after_its_rows_have_ended():
+    pool = PagePool(64)
+    scheduler = Scheduler(Profile(2, 400, SEQ_LEN), pool, PAGE, (EOS,), True)
+    scheduler.add(sequence([7] * 21))
+    run_alone(scheduler)
+    again = sequence([7] * 21 + [3])
+    scheduler.add(again)
+    run_alone(scheduler)
+    assert again.cached_tokens == 20
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_decode():
+    scheduler = Scheduler(Profile(4, 8, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler.add(sequence([2, 3]))
+    scheduler.add(sequence(range(2, 40)))
+    sizes = []
+    for _ in range(4):
+        step = scheduler.schedule()
+        sizes.append((step.num_tokens, len(step.sampled)))
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+    assert sizes == [(8, 1)] * 4
+
+
+def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
+    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler.add(sequence([2, 3]))
+    first = scheduler.schedule()
+    assert scheduler.schedule() is None
+    scheduler.add(sequence([4]))
+    second = scheduler.schedule()
+    assert set(first.sampled_rows) & set(second.sampled_rows) == set()
+    scheduler.complete(second, np.array([5], np.int32))
+    scheduler.complete(first, np.array([5], np.int32))
+    assert len(scheduler.schedule().sampled) == 2
+
+
+def test_logits_that_are_not_finite_end_a_row_with_an_error():
+    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler.add(sequence([2, 3]))
+    scheduler.add(sequence([2, 4]))
+    (failed,) = scheduler.complete(scheduler.schedule(), np.array([-1, 5], np.int32))
+    assert failed.finish_reason == "error" and failed.token_ids.tolist() == [2, 3]
+    assert scheduler.num_running == 1
+
+
+def test_pages_are_keyed_by_all_tokens_before_them():
+    a = page_hashes(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9], np.int32), PAGE)
+    b = page_hashes(np.array([1, 2, 3, 9, 5, 6, 7, 8], np.int32), PAGE)
+    assert len(a) == len(b) == 2
+    assert a[0] != b[0] and a[1] != b[1]
+    assert a == page_hashes(np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int32), PAGE)
+
+
+def test_the_least_recently_used_idle_page_is_forgotten_first():
+    pool = PagePool(3)
+    for name in (b"a", b"b", b"c"):
+        (page,) = pool.allocate(1)
+        pool.publish(int(page), name)
+        pool.release(np.array([page]))
+    pool.share(pool.find([b"a"]))
+    pool.release(np.array(pool.find([b"a"])))
+    pool.allocate(1)
+    assert pool.find([b"a"]) and pool.find([b"c"]) and not pool.find([b"b"])
+
+
+def test_more_pages_than_available_are_refused():
+    with pytest.raises(ValueError, match="4 pages asked for, 3"):
+        PagePool(3).allocate(4)
