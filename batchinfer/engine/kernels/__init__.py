@@ -32,4 +32,8 @@ TORCH = Kernels("torch", add_rms_norm, silu_mul, TorchPagedAttention, sample)
 
 def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that work here; the torch references where nothing faster does."""
-    return TORCH
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return TORCH
+    from batchinfer.engine.kernels.cpu import kernels  # compiles on first use
+
+    return kernels(dtype) or TORCH

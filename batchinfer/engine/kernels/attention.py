@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionBatch:
     """Which query rows belong to which sequence, and where that sequence's keys lie. All tensors are int32.
 

@@ -61,7 +61,9 @@ def test_reference_rotates_halves_as_hugging_face_does():
     qkv = torch.randn(tokens, 4 * dim)
     q_norm, k_norm = torch.rand(dim), torch.rand(dim)
     batch = sequences.last()
-    out = attention.rope_write(qkv, rope_table(dim, 64), batch, cache, q_norm, k_norm, 1e-6, torch.empty(tokens, 2 * dim))
+    out = attention.rope_write(
+        qkv, rope_table(dim, 64), batch, cache, q_norm, k_norm, 1e-6, torch.empty(tokens, 2 * dim)
+    )
     q, k, v = qkv.view(tokens, 4, dim).split([2, 1, 1], dim=1)
     q, k = F.rms_norm(q, (dim,), q_norm, 1e-6), F.rms_norm(k, (dim,), k_norm, 1e-6)
     cos, sin = rope_table(dim, tokens).chunk(2, dim=-1)
@@ -71,3 +73,120 @@ def test_reference_rotates_halves_as_hugging_face_does():
     slots = batch.slots.long()
     torch.testing.assert_close(cache[0].flatten(0, 1)[slots], k[0].transpose(0, 1))
     torch.testing.assert_close(cache[1].flatten(0, 1)[slots], v)
+
+
+class Pair:
+    """The fast attention and the reference, fed the same rows; memory is poisoned before anything is written."""
+
+    def __init__(self, kernels, heads, kv_heads, dim, page_size, window, dtype, norm=False):
+        shape = (heads, kv_heads, dim, page_size, window)
+        self.fast = kernels.attention(*shape, dtype, torch.device("cpu"))
+        self.reference = TorchPagedAttention(*shape, torch.float32, torch.device("cpu"))
+        self.width, self.q_width = (heads + 2 * kv_heads) * dim, heads * dim
+        self.dtype = dtype
+        self.table = rope_table(dim, 4096)
+        self.norms = [torch.rand(dim) + 0.5, torch.rand(dim) + 0.5] if norm else [None, None]
+
+    def allocate(self, sequences):
+        (self.fast_cache,) = self.fast.allocate(1, sequences.num_pages)
+        assert self.fast_cache.nbytes == self.fast.page_bytes(1) * sequences.num_pages
+        self.fast_cache.fill_(0xFF)  # NaN, whatever the element
+        (self.reference_cache,) = self.reference.allocate(1, sequences.num_pages)
+        self.reference_cache.fill_(float("nan"))
+
+    def step(self, batch, qkv):
+        """(fast, reference) outputs."""
+        results = []
+        for attention, cache in ((self.fast, self.fast_cache), (self.reference, self.reference_cache)):
+            q = torch.full((len(qkv), self.q_width), float("nan"), dtype=attention.dtype)
+            out = torch.full_like(q, float("nan"))
+            attention.rope_write(qkv.to(attention.dtype), self.table, batch, cache, *self.norms, 1e-6, q)
+            results.append(attention.attend(q, batch, cache, out).float())
+        return results
+
+    def random_qkv(self, batch):
+        return torch.randn(len(batch.slots), self.width).to(self.dtype).float()
+
+
+SHAPES = [  # heads, kv_heads, head_dim
+    (9, 3, 64), (4, 4, 16), (8, 1, 32), (6, 2, 48), (5, 1, 80), (14, 2, 96), (8, 4, 128), (2, 1, 256), (7, 1, 18),
+    (24, 2, 20), (3, 3, 2), (2, 2, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 300])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fast_attention_is_the_reference(kernels, dtype, tolerance, shape, window):
+    rng = np.random.default_rng([*shape, window or 0])
+    torch.manual_seed(0)
+    for page_size in (16, 32):
+        pair = Pair(kernels, *shape, page_size, window, dtype, norm=page_size == 32)
+        contexts = [1, 2, 15, 16, 17, 33, 255, 256, 257, 600, *rng.integers(1, 700, 4).tolist()]
+        queries = [1, 2, 1, 16, 1, 9, 255, 1, 2, 1, *(int(rng.integers(1, c + 1)) for c in contexts[10:])]
+        sequences = Sequences.random(rng, contexts, queries, page_size)
+        pair.allocate(sequences)
+        for batch in (sequences.history(), sequences.last()):
+            fast, reference = pair.step(batch, pair.random_qkv(batch))
+            torch.testing.assert_close(fast, reference, **tolerance)
+
+
+def test_sequences_may_share_pages(kernels, dtype, tolerance):
+    pair = Pair(kernels, 6, 2, 64, 16, None, dtype)
+    sequences = Sequences.random(np.random.default_rng(0), [40, 45, 33], [8, 13, 1], 16)
+    for pages in sequences.pages[1:]:
+        pages[:2] = sequences.pages[0][:2]
+    pair.allocate(sequences)
+    prefix = sequences.step([0, 0, 0], [32, 0, 0])
+    pair.step(prefix, pair.random_qkv(prefix))
+    batch = sequences.step([32, 32, 32], [40, 45, 33])
+    torch.testing.assert_close(*pair.step(batch, pair.random_qkv(batch)), **tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_threads(kernels, dtype, window):
+    pair = Pair(kernels, 9, 3, 64, 16, window, dtype)
+    contexts, queries = [900, 130, 257, 40], [1, 60, 257, 1]
+    sequences = Sequences.random(np.random.default_rng(0), contexts, queries, 16)
+    pair.allocate(sequences)
+    history, last = sequences.history(), sequences.last()
+    pair.step(history, pair.random_qkv(history))
+    q = torch.randn(len(last.slots), pair.q_width).to(dtype)
+    pair.step(last, pair.random_qkv(last))
+    threads = torch.get_num_threads()
+    together = pair.fast.attend(q, last, pair.fast_cache, torch.empty_like(q))
+    try:
+        for count in (1, 3, 16):
+            torch.set_num_threads(count)
+            assert torch.equal(pair.fast.attend(q, last, pair.fast_cache, torch.empty_like(q)), together)
+            for s, (context, rows) in enumerate(zip(contexts, queries)):
+                start = sum(queries[:s])
+                for first, end in {(0, rows), (0, 1), (rows // 2, rows)}:
+                    batch = sequences.step(
+                        [context - rows + first if t == s else 0 for t in range(4)],
+                        [context - rows + end if t == s else 0 for t in range(4)],
+                    )
+                    some = q[start + first : start + end].contiguous()
+                    alone = pair.fast.attend(some, batch, pair.fast_cache, torch.empty_like(some))
+                    assert torch.equal(alone, together[start + first : start + end])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_pages_behind_the_window_are_not_read(kernels, dtype):
+    pair = Pair(kernels, 4, 2, 32, 16, 20, dtype)
+    sequences = Sequences.random(np.random.default_rng(0), [90], [1], 16)
+    pair.allocate(sequences)
+    history, last = sequences.history(), sequences.last()
+    pair.step(history, pair.random_qkv(history))
+    qkv = pair.random_qkv(last)
+    expected, _ = pair.step(last, qkv)
+    last.page_table[0, :4] = 2**30
+    assert torch.equal(pair.step(last, qkv)[0], expected)
+
+
+def test_wrong_shapes_are_refused(kernels, dtype):
+    for shape, message in [((3, 2, 64, 16, None), "multiple"), ((2, 2, 63, 16, None), "even"),
+                           ((2, 2, 64, 16, 0), "window"), ((2, 2, 64, 24, None), "page_size"),
+                           ((2, 2, 514, 16, None), "head_dim")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            kernels.attention(*shape, dtype, torch.device("cpu"))

@@ -1,0 +1,154 @@
+// Vectors of VL floats in the widest registers the compiler was told of, with GCC's and clang's vector extensions.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr int VL = 16;
+constexpr int REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+constexpr int REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int VL = 4;
+constexpr int REGISTERS = 32;
+#else
+constexpr int VL = 4;
+constexpr int REGISTERS = 16;
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool NATIVE_BF16 = true;
+#else
+constexpr bool NATIVE_BF16 = false;
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class E, int N>
+struct VectorOf {
+    typedef E type __attribute__((vector_size(N * sizeof(E))));
+};
+using vf = VectorOf<float, VL>::type;
+using vi = VectorOf<int32_t, VL>::type;
+using vu = VectorOf<uint32_t, VL>::type;
+using vh = VectorOf<uint16_t, VL>::type;
+
+template <class V, class E>
+INLINE V load(const E* from) {
+    V v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V, class E>
+INLINE void store(E* to, V v) {
+    __builtin_memcpy(to, &v, sizeof v);
+}
+
+template <class To, class From>
+INLINE To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+INLINE vf all(float x) { return vf{} + x; }
+INLINE vi all(int32_t x) { return vi{} + x; }
+
+INLINE vi lane_index() {
+    vi v;
+    for (int i = 0; i < VL; ++i) v[i] = i;
+    return v;
+}
+
+// Comparisons with NaN are false, so both keep the second argument where the first is NaN.
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+
+// ---- one element and a vector of them, as float
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
+
+INLINE void from_float(float* to, float x) { *to = x; }
+INLINE void from_float(bf16* to, float x) {  // round to nearest, ties to even; a NaN stays one
+    uint32_t u = bits<uint32_t>(x);
+    to->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+INLINE vf load_float(const float* from) { return load<vf>(from); }
+INLINE vf load_float(const bf16* from) {
+    return bits<vf>(__builtin_convertvector(load<vh>(from), vu) << 16);
+}
+
+INLINE void store_float(float* to, vf x) { store(to, x); }
+INLINE void store_float(bf16* to, vf x) {
+#if defined(__AVX512BF16__)
+    store(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+    vu u = bits<vu>(x);
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    store(to, __builtin_convertvector(x != x ? vu{} + 0x7fc0u : rounded, vh));
+#endif
+}
+
+// ---- reductions
+
+template <int N>
+INLINE float sum_of(typename VectorOf<float, N>::type v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        using Half = typename VectorOf<float, N / 2>::type;
+        Half halves[2];
+        __builtin_memcpy(halves, &v, sizeof v);
+        return sum_of<N / 2>(halves[0] + halves[1]);
+    }
+}
+INLINE float sum(vf v) { return sum_of<VL>(v); }
+
+template <int N>
+INLINE float largest_of(typename VectorOf<float, N>::type v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        using Half = typename VectorOf<float, N / 2>::type;
+        Half halves[2];
+        __builtin_memcpy(halves, &v, sizeof v);
+        return largest_of<N / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+    }
+}
+INLINE float largest(vf v) { return largest_of<VL>(v); }
+
+// ---- exp: relative error below 1.2e-7 (Cephes' expf polynomial); 0 below -87.3, so -inf gives 0
+
+INLINE vf exp(vf x) {
+    const vf low = all(-87.3365f), round = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vf clamped = min(max(x, low), all(88.3762f));
+    vf shifted = clamped * 1.44269504088896341f + round;
+    vf n = shifted - round;
+    vf r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vi power = (bits<vi>(shifted) - bits<vi>(round) + 127) << 23;
+    vf y = p * bits<vf>(power);
+    return x < low ? vf{} : y;
+}
+
+INLINE float exp(float x) { return exp(all(x))[0]; }
