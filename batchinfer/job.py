@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -206,6 +207,31 @@ class Job(Section):
         }
 
 
+def starter() -> str:
+    """A job file to start from: the keys that a job must have, and all others as comments with their defaults."""
+    examples = ("prompts.parquet", "Summarise in one sentence: {{ text }}", "smollm2-135m-instruct", "out")
+    needed = dict(zip(_NEEDED.values(), examples))
+    head = "# A batchinfer job. Relative paths count from the folder in which batchinfer is started.\n"
+    sections = ((name, section.annotation) for name, section in Job.model_fields.items())
+    return "\n".join([head, *("\n".join(_starter_section(name, section, needed)) for name, section in sections)])
+
+
+def _starter_section(name: str, section: Any, needed: Mapping[str, str]) -> Iterator[str]:
+    yield f"[{name}]"
+    nested = []
+    for key, about in section.model_fields.items():
+        default = needed.get(f"{name}.{key}", about.get_default(call_default_factory=True))
+        if isinstance(default, Section):
+            nested.append((f"{name}.{key}", type(default)))
+            continue
+        shown = '"…"' if default is None else json.dumps(default)
+        line = f"{key} = {shown}" if f"{name}.{key}" in needed else f"# {key} = {shown}"
+        yield f"{line:<40}  # {about.description}" if about.description else line
+    yield ""
+    for inner in nested:
+        yield from _starter_section(*inner, needed)
+
+
 def parse_value(text: str) -> Any:
     """A value typed on a command line or in a variable: TOML if it is TOML (``3``, ``true``, ``["a"]``), else text."""
     try:
@@ -269,6 +295,9 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+_NEEDED = {"input": "input.path", "prompt": "prompt.template", "model": "model.path", "output": "output.path"}
+
+
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
@@ -279,8 +308,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         if kind == "extra_forbidden":
             lines.append(f"unknown key {key!r}{where}{_nearest(location[-1], _fields_at(location[:-1]))}")
         elif kind == "missing":
-            example = f"[{location[0]}]" if len(location) == 1 else key
-            lines.append(f"missing {example}: the job must say it in the file or with --set {key}=…")
+            key = _NEEDED.get(key, key)
+            lines.append(f"missing {key}: the job must say it in the file or with --set {key}=…")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = f", got {problem['input']!r}" if kind != "value_error" else ""

@@ -127,6 +127,11 @@ def check_columns(prompt: PromptSection, sampling: SamplingSection, schema: pa.S
     return tuple(dict.fromkeys((*source.columns, *params.columns)))
 
 
+def prompt_columns(prompt: PromptSection) -> tuple[str, ...]:
+    """The columns that the prompts are made of."""
+    return _Source(prompt).columns
+
+
 def _wants_chat(prompt: PromptSection, tokenizer: PromptTokenizer, folder: Path) -> bool:
     if prompt.chat == "off":
         return False
