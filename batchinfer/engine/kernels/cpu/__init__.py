@@ -8,7 +8,7 @@ from batchinfer.engine.kernels import Kernels
 from batchinfer.engine.kernels.cpu.attention import SUFFIX, CpuPagedAttention
 from batchinfer.engine.kernels.cpu.elementwise import make_add_rms_norm, make_silu_mul
 from batchinfer.engine.kernels.cpu.library import library
-from batchinfer.engine.kernels.sampling import sample
+from batchinfer.engine.kernels.cpu.sampling import make_sample
 
 
 def kernels(dtype: torch.dtype) -> Kernels | None:
@@ -22,5 +22,5 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
         add_rms_norm=make_add_rms_norm(operators, suffix),
         silu_mul=make_silu_mul(operators, suffix),
         attention=CpuPagedAttention,
-        sample=sample,
+        sample=make_sample(operators),
     )

@@ -146,6 +146,7 @@ _TYPED = {  # one for each of f32 and bf16
     "page_bytes": (_LONG, [_POINTER]),
     "rope_write": (None, [_POINTER] * 7 + [_FLOAT, _POINTER, _INT]),
     "attend": (None, [_POINTER] * 5 + [_INT]),
+    "sample": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
 }
 _SIGNATURES = {f"{name}_{suffix}": signature for name, signature in _TYPED.items() for suffix in ("f32", "bf16")} | {
     "want_huge_pages": (None, [_POINTER, _LONG]),
