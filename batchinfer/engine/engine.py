@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    schedule_seconds: float = 0.0  # composing steps
+    compute_seconds: float = 0.0  # running them, sampling included
+    collect_seconds: float = 0.0  # taking in their tokens; text of finished requests
+
+    def copy(self) -> Counters:
+        return replace(self)
+
+    def minus(self, earlier: Counters) -> Counters:
+        return Counters(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 @dataclass(slots=True, eq=False)
@@ -105,14 +115,11 @@ class Engine:
                         yield refused
                     else:
                         self._add(request)
-                finished = self._step()
-                for sequence in finished:
-                    if (completion := self._collect(sequence)) is not None:
-                        yield completion
+                yield from self._step()
                 if exhausted and not self.scheduler.waiting and not self.scheduler.num_running:
                     return
-        finally:
-            self._abandon()
+        finally:  # also when the caller stops listening
+            self.scheduler.drop_all()
 
     # -- intake ---------------------------------------------------------------------------------------------------
 
@@ -157,13 +164,23 @@ class Engine:
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _step(self) -> list[Sequence]:
+    def _step(self) -> list[Completion]:
+        """One step of everything that runs; the requests that ended with it."""
+        begun = time.perf_counter()
         step = self.scheduler.schedule()
         if step is None:
             return []
+        scheduled = time.perf_counter()
         tokens = self.stage.run(step)
-        self.counters.steps += 1
-        return self.scheduler.complete(step, tokens)
+        computed = time.perf_counter()
+        ended = map(self._collect, self.scheduler.complete(step, tokens))
+        completions = [completion for completion in ended if completion is not None]
+        counters = self.counters
+        counters.steps += 1
+        counters.schedule_seconds += scheduled - begun
+        counters.compute_seconds += computed - scheduled
+        counters.collect_seconds += time.perf_counter() - computed
+        return completions
 
     def _collect(self, sequence: Sequence) -> Completion | None:
         """The request's completion, if ``sequence`` was the last of it."""
@@ -188,10 +205,6 @@ class Engine:
         if sequence.finish_reason == "stop" and token_ids[-1] in sampling.stop_token_ids:
             said = token_ids[:-1]
         return Output(self.text.decode(said, sampling.stop), token_ids, sequence.finish_reason)
-
-    def _abandon(self) -> None:
-        """Forget what is still under way, when the caller stops listening."""
-        self.scheduler.drop_all()
 
 
 def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePlan:

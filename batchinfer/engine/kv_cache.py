@@ -100,6 +100,11 @@ class PagePool:
         for page in pages:
             self._idle.pop(page, None)
 
+    def forget_idle(self) -> None:
+        """Make every idle page free: nothing computed before will be found."""
+        while self._idle:
+            self._forget_oldest()
+
     def _forget_oldest(self) -> None:
         page, _ = self._idle.popitem(last=False)
         del self._page_of[self._hash_of.pop(page)]
