@@ -8,8 +8,9 @@
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t BLOCK = 4 * VL;  // looked at value by value only if its largest is worth it
 constexpr int CHUNK = 1024;  // summed in float, the sums of chunks in double
-static_assert(CHUNK % (4 * VL) == 0);
+static_assert(CHUNK % BLOCK == 0);
 
 struct Sampling {  // arrays with one entry a row, as in the Python class of that name
     const float* temperature;
@@ -150,20 +151,33 @@ struct Row {
         }
     }
 
-    void keep_at_least(float low) {  // and forget the others, in id order
+    void keep_at_least(float low) {  // in id order; what is below is forgotten
+        const bool listed = !ids.empty();
         int64_t kept = 0;
-        ids.resize(n);
-        for (int64_t start = 0; start < n; start += 4 * VL) {
-            const int64_t end = std::min<int64_t>(n, start + 4 * VL);
+        if (!listed) ids.resize(n);
+        for (int64_t start = 0; start < n; start += BLOCK) {
+            const int64_t end = std::min(n, start + BLOCK);
             if (largest_in(&values[start], end - start) < low) continue;
             for (int64_t i = start; i < end; ++i) {
                 const float v = values[i];
                 values[kept] = v;
-                ids[kept] = int32_t(i);
+                ids[kept] = listed ? ids[i] : int32_t(i);
                 kept += v >= low;
             }
         }
         for (n = kept; n % VL; ++n) values[n] = -INF;
+    }
+
+    void keep_top(int64_t k, float top) {  // and all that equal the k-th
+        std::vector<float> maxima;
+        for (int64_t start = 0; start < n; start += BLOCK)
+            maxima.push_back(largest_in(&values[start], std::min<int64_t>(BLOCK, n - start)));
+        // The k-th largest maximum of a block cannot be above the k-th largest value: mostly few values are left.
+        if (k <= int64_t(maxima.size())) {
+            while (maxima.size() % VL) maxima.push_back(-INF);
+            keep_at_least(threshold<Measure::COUNT>(maxima.data(), maxima.size(), double(k), -INF, top, scratch));
+        }
+        keep_at_least(threshold<Measure::COUNT>(values.data(), n, double(k), -INF, top, scratch));
     }
 
     void weigh(float top, float temperature) {
@@ -179,6 +193,11 @@ struct Row {
 
     void keep_mass(double p) {
         const double wanted = p * measure<Measure::SUM>(values.data(), n, 0);
+        for (float cut : {0x1p-3f, 0x1p-7f, 0x1p-12f})  // mostly few tokens hold the mass
+            if (measure<Measure::SUM>(values.data(), n, cut) >= wanted) {
+                keep_at_least(cut);
+                break;
+            }
         const float low = threshold<Measure::SUM>(values.data(), n, wanted, 0, 1, scratch);
         drop_below(low);
         double mass = measure<Measure::SUM>(values.data(), n, of_rank(rank_of(low) + 1));
@@ -221,8 +240,7 @@ struct Row {
         const float top = largest_in(values.data(), n);
         if (temperature == 0 || top == INF || top == -INF) return argmax(values.data(), n);
         const int64_t k = how.top_k[row];
-        if (k > 0 && k < vocabulary)
-            keep_at_least(threshold<Measure::COUNT>(values.data(), n, double(k), -INF, top, scratch));
+        if (k > 0 && k < vocabulary) keep_top(k, top);
         weigh(top, temperature);
         if (how.top_p[row] < 1) keep_mass(how.top_p[row]);
         if (how.min_p[row] > 0) drop_below(how.min_p[row]);
