@@ -190,7 +190,7 @@ def verify(job_or_output: str) -> None:
 
     output = look(_output_of(job_or_output)).output
     with Ledger(output) as ledger:
-        click.echo(f"{ledger.verify():,} rows in {len(ledger.commits):,} parts are as they were committed · {output}")
+        click.echo(f"{ledger.verify():,} rows in {len(ledger.commits):,} part(s) as they were committed · {output}")
 
 
 @main.command()
@@ -217,25 +217,33 @@ def bench() -> None:
 
 model_option = click.option("-m", "--model", default="smollm2-135m-instruct", show_default=True, metavar="MODEL")
 
+repeats_option = click.option("--repeats", default=3, show_default=True)
+
 
 @bench.command("engine")
 @model_option
+@click.option("--requests", default=256, show_default=True)
+@repeats_option
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--threads", default=0, help="0: all cores this process may use.")
 @verbose_option
-def bench_engine(model: str) -> None:
-    """Tokens a second of the engine alone, beside transformers on the same requests."""
+def bench_engine(**options: Any) -> None:
+    """Tokens a second of the engine alone, on chat-like requests."""
     from batchinfer.bench import engine
 
-    click.echo(json.dumps(engine(model)))
+    click.echo(json.dumps(engine(**options)))
 
 
 @bench.command("pipeline")
 @model_option
+@click.option("--rows", default=50_000, show_default=True)
+@repeats_option
 @verbose_option
-def bench_pipeline(model: str) -> None:
+def bench_pipeline(**options: Any) -> None:
     """Rows a second of everything around the engine, beside a bare read, tokenize, write loop."""
     from batchinfer.bench import pipeline
 
-    click.echo(json.dumps(pipeline(model)))
+    click.echo(json.dumps(pipeline(**options)))
 
 
 def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

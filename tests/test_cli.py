@@ -164,7 +164,7 @@ def test_status_and_verify_read_what_was_committed(demo_tokenizer_dir, folder):
     invoke("run", "job.toml")
     assert invoke("status", "job.toml").stdout.startswith("complete · 3 rows committed (1 failed)")
     assert json.loads(invoke("status", "out", "--json").stdout)["state"] == "complete"
-    assert invoke("verify", "out").stdout.startswith("3 rows in 1 parts are as they were committed")
+    assert invoke("verify", "out").stdout.startswith("3 rows in 1 part(s) as they were committed")
     [part] = (folder / "out").rglob("*.parquet")
     part.write_bytes(part.read_bytes()[:-9] + b"\0" * 9)
     assert part.name in refused(6, "verify", "out")

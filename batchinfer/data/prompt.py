@@ -47,6 +47,7 @@ class PromptRenderer:
         self._source = _Source(prompt, self._tokenizer.spell)
         self._sampling = RowSampling(sampling)
         self._max_seq_len = max_seq_len
+        self._max_characters = max(1 << 20, max_seq_len * self._tokenizer.longest)
         self.columns = tuple(dict.fromkeys((*self._source.columns, *self._sampling.columns)))
 
     def check(self, schema: pa.Schema) -> None:
@@ -64,7 +65,7 @@ class PromptRenderer:
         texts: dict[int, str] = {}
         for i, row in enumerate(_by_row(cells, self._source.columns, rows.num_rows)):
             try:
-                texts[i] = self._text(row)
+                texts[i] = self._bounded(self._text(row))
             except RowError as error:
                 results[i] = Completion(keys[i], error=str(error))
         encoded = self._tokenizer.encode(list(texts.values()), add_special_tokens=not self.chat)
@@ -81,6 +82,12 @@ class PromptRenderer:
             return self._chat.render(messages)
         except Exception as error:
             raise RowError(f"the model's chat template refuses the messages: {_reason(error)}") from None
+
+    def _bounded(self, text: str) -> str:
+        """A cell of a gigabyte must not cost the run its memory, only to be found too long in tokens."""
+        if len(text) > self._max_characters:
+            raise RowError(f"the prompt has {len(text):,} characters, more than {self._max_seq_len} tokens can hold")
+        return text
 
     def _request(self, key: Hashable, ids: list[int] | None, params: SamplingParams | RowError) -> Request | Completion:
         if not ids:

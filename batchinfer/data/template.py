@@ -80,7 +80,7 @@ class ChatTemplate:
         for roles in (["user"], ["system", "user"], ["user", "assistant", "user"], ["user", "assistant", "tool"]):
             try:
                 found |= set(pattern.findall(self._render([{"role": role, "content": "x"} for role in roles])))
-            except TemplateError:
+            except Exception:  # whatever the template stumbles over
                 continue  # not a conversation that this model has
         return found
 

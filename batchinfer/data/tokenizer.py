@@ -26,6 +26,7 @@ class PromptTokenizer:
         chat_template: the model's chat template, None if it has none.
         variables: ``bos_token``, ``eos_token``, … as a template sees them, already respelled.
         specials: text of a special token → its spelling.
+        longest: characters of the longest entry in the vocabulary.
     """
 
     def __init__(self, folder: Path):
@@ -38,6 +39,7 @@ class PromptTokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         self.specials = _spellings(tree)
         self._pattern = any_of(self.specials)
+        self.longest = _longest_piece(tree)
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(_renamed(tree, self.specials)))
         except Exception as error:  # the tokenizers package raises bare Exception
@@ -66,6 +68,13 @@ class PromptTokenizer:
 def any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """A pattern that finds any of the texts, the longest first; one that never matches if there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _longest_piece(tree: dict[str, Any]) -> int:
+    vocabulary = tree["model"].get("vocab") or {}
+    pieces = vocabulary if isinstance(vocabulary, dict) else (piece for piece, _ in vocabulary)
+    added = (token["content"] for token in tree.get("added_tokens") or [])
+    return max(map(len, (*pieces, *added)), default=1)
 
 
 def _spellings(tree: dict[str, Any]) -> dict[str, str]:
@@ -120,7 +129,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _token_variables(config: dict[str, Any], spell: Any) -> dict[str, str]:
     """``bos_token`` and its like. A token is written as its text or as an object that holds it."""
-    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    named = {key: value for key, value in named.items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: spell(text) for key, text in texts.items() if isinstance(text, str)}
 

@@ -241,6 +241,12 @@ def test_a_row_that_cannot_be_asked_says_why_and_the_others_go_on(demo_tokenizer
         assert ids(other) == ids(render(good, {"t": ["good"]})[0])
 
 
+def test_a_monstrous_cell_is_refused_before_it_is_tokenized(unigram, monkeypatch):
+    monkeypatch.setattr(PromptTokenizer, "encode", lambda *_, **__: [])
+    [result] = render(renderer(unigram, template="{{ t }}"), {"t": ["x " * 2**20]})
+    assert "2,097,152 characters, more than 2048 tokens can hold" in error(result)
+
+
 def test_a_template_may_say_what_a_null_means(demo_tokenizer_dir):
     for template in ("{{ t or 'none' }}", "{% if t %}{{ t }}{% else %}none{% endif %}", "{{ t | default('none') }}"):
         null, said = render(
