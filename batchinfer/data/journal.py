@@ -237,8 +237,10 @@ def read_log(data: bytes, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     buffer, at = pa.py_buffer(data), 0
     while at + FRAME.size <= len(data):
         length, crc = FRAME.unpack_from(data, at)
+        if not 0 < length <= len(data) - at - FRAME.size:
+            return
         message = buffer.slice(at + FRAME.size, length)
-        if length == 0 or message.size < length or zlib.crc32(message) != crc:
+        if zlib.crc32(message) != crc:
             return
         if at == 0:
             if not pa.ipc.read_schema(message).equals(schema):

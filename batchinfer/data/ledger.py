@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,7 +61,7 @@ class Commit:
 
 
 class Ledger:
-    """One job's control folder, held by this process from ``__enter__`` to ``__exit__``.
+    """One job's control folder, held by this process from ``__enter__`` to ``close``.
 
     Entering takes the lock, clears what a killed run left half-written, finishes what it committed, and checks the
     commits against the parts on disk.
@@ -85,11 +85,15 @@ class Ledger:
         try:
             self._load()
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the output free."""
         if self.identity is None:  # nothing was begun: leave no trace
             self.store.remove(["lock"])
             with contextlib.suppress(OSError):
@@ -228,7 +232,7 @@ class Ledger:
 
     # ---- inside
 
-    def _take_lock(self) -> Any:
+    def _take_lock(self) -> TextIO:
         while True:
             self.store.make_folder(".")
             path = self.store.path("lock")
@@ -239,12 +243,9 @@ class Ledger:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                stream.seek(0)
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    who = json.loads(stream.read())
-                    holder = f"process {who['pid']} on {who['host']}, since {who['since']}"
-                    raise LockedError(f"{self.output} is being written by another run: {holder}") from None
-                raise LockedError(f"{self.output} is being written by another run") from None
+                with stream:
+                    holder = _told(stream)
+                raise LockedError(f"{self.output} is being written by another run{holder}") from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
                     break
@@ -340,6 +341,16 @@ class Ledger:
     @staticmethod
     def _staged(unit: int, epoch: int) -> str:
         return f"staged/{unit:06d}.{epoch}"
+
+
+def _told(lock: TextIO) -> str:
+    """Who holds a lock, as far as its file says."""
+    lock.seek(0)
+    try:
+        who = json.loads(lock.read())
+        return f": process {who['pid']} on {who['host']}, since {who['since']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _plan_bytes(units: list[Unit], files: dict[str, InputFile]) -> bytes:

@@ -1,0 +1,55 @@
+"""A run to be killed: ``python -m tests.faults.job FOLDER SECONDS_A_ROW``.
+
+Prints ``begun`` when the engine is asked for its first row. Every answer is noted in FOLDER/answers, so that work done
+twice can be counted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from batchinfer.backends.echo import EchoBackend
+from batchinfer.errors import BatchInferError
+from tests.echo_jobs import echo_job, run_echo
+
+
+class Noting(EchoBackend):
+    """A slow echo that holds a few rows and answers them out of order."""
+
+    folder: Path
+    seconds: float
+
+    def generate(self, requests):
+        notes = os.open(self.folder / "answers", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        print("begun", flush=True)
+        held = []
+        for request in requests:
+            if request is not None:
+                held.append(request)
+            if len(held) >= 8 or (request is None and held):
+                yield self._answer(held.pop(len(held) // 2), notes)
+        for request in held:
+            yield self._answer(request, notes)
+
+    def _answer(self, request, notes):
+        time.sleep(self.seconds)
+        [completion] = super().generate(iter([request]))
+        os.write(notes, b"%d %d\n" % request.key)
+        return completion
+
+
+def main() -> int:
+    Noting.folder, Noting.seconds = Path(sys.argv[1]), float(sys.argv[2])
+    try:
+        job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0)
+        return run_echo(job, Noting).exit_code
+    except BatchInferError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
