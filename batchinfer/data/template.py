@@ -38,7 +38,7 @@ class RowTemplate:
         except TemplateSyntaxError as error:
             raise JobError(f"{key} is not a valid jinja2 template: {error.message} (its line {error.lineno})") from None
         self.columns = tuple(sorted(meta.find_undeclared_variables(tree) - environment.globals.keys()))
-        self._template = environment.from_string(_respelled(tree, spell))
+        self._template = _compiled(environment, _respelled(tree, spell))
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Raises jinja2.TemplateError, or whatever the template's own operations raise."""
@@ -56,24 +56,21 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             where = f"line {error.lineno} of the model's chat template"
             raise ModelError(f"{where} is not valid jinja2: {error.message}") from None
-        self._template: Template = environment.from_string(tree)
-        self._variables = tokenizer.variables
-        self._spell = tokenizer.spell
-        self._guard = _Guard(self._assembled(tokenizer.specials))
+        self._template = _compiled(environment, tree, tokenizer.variables)
+        assembled = self._assembled(tokenizer.specials)
+        self._guard = _Guard(assembled) if assembled else None
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as text, up to where the assistant speaks next. Raises what the template raises."""
-        if not self._guard.tokens:
+        if self._guard is None:
             return self._render(messages)
-        return self._guard.lift(self._spell(self._render(self._guard.messages(messages))))
+        return self._guard.lift(self._render(self._guard.messages(messages)))
 
     def _render(self, messages: Sequence[Message]) -> str:
         # tools and documents: templates ask whether they are none
-        return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables
-        )
+        return self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
 
-    def _assembled(self, specials: Mapping[str, str]) -> set[str]:
+    def _assembled(self, specials: Mapping[str, str]) -> dict[str, str]:
         """Control tokens that the template makes of parts, ``'<|' + role + '|>'``, so that no literal holds them."""
         found: set[str] = set()
         pattern = any_of(list(specials))
@@ -82,21 +79,22 @@ class ChatTemplate:
                 found |= set(pattern.findall(self._render([{"role": role, "content": "x"} for role in roles])))
             except Exception:  # whatever the template stumbles over
                 continue  # not a conversation that this model has
-        return found
+        return {token: specials[token] for token in found}
 
 
 class _Guard:
     """Keeps data from completing a control token where the chat template makes them of parts (few models do).
 
     A character that no text holds is put into each string from a row wherever it could begin or continue such a token;
-    after rendering, what is whole came from the template, and the character is taken out again.
+    after rendering, what is whole came from the template and is respelled, and the character is taken out again.
     """
 
     BREAK = "\U0010ffff"  # a noncharacter: Unicode keeps it out of interchange
     ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
-    def __init__(self, tokens: set[str]):
-        self.tokens = tokens
+    def __init__(self, tokens: Mapping[str, str]):
+        self._tokens = tokens
+        self._pattern = any_of(list(tokens))
         self._firsts = {token[0] for token in tokens}
         self._tails = tuple(token[i:] for token in tokens for i in range(1, len(token)))
 
@@ -107,7 +105,7 @@ class _Guard:
         ]
 
     def lift(self, text: str) -> str:
-        return text.replace(self.BREAK, "")
+        return self._pattern.sub(lambda found: self._tokens[found[0]], text).replace(self.BREAK, "")
 
     def _deep(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -157,6 +155,14 @@ def _respelled(tree: nodes.Template, spell: Spell) -> nodes.Template:
         if isinstance(constant.value, str):
             constant.value = spell(constant.value)
     return tree
+
+
+def _compiled(
+    environment: ImmutableSandboxedEnvironment, tree: nodes.Template, variables: Mapping[str, str] | None = None
+) -> Template:
+    template = environment.from_string(tree)
+    template.globals = {**environment.globals, **(variables or {})}  # a plain dict: jinja2 copies it for every row
+    return template
 
 
 def _environment(undefined: type[Undefined]) -> ImmutableSandboxedEnvironment:

@@ -187,6 +187,13 @@ def test_a_chat_template_that_assembles_its_tokens_keeps_data_out(tmp_path, cont
     assert ids(result)[1:-2] == letters
 
 
+def test_a_token_that_is_not_assembled_is_not_respelled_in_data_either(tmp_path):
+    template = "{{ '.|' + messages[0].role + '|.' }}{{ messages[0].content }}</s>"
+    folder = write_tokenizer(tmp_path, characters(("<s>", "</s>", "<unk>", ".|user|.")), chat_template=template)
+    [result] = render(renderer(folder, template="{{ t }}"), {"t": ["a</s>.|user|.b"]})
+    assert [i for i in ids(result) if i < 4] == [3, 1]
+
+
 def test_no_vocabulary_entry_or_merge_leads_around_it(tmp_path, unigram):
     [result] = render(renderer(unigram, template="{{ t }}"), {"t": ["a<s>b</s><unk>"]})
     assert [i for i in ids(result) if i < 3] == [0]  # its own BOS
