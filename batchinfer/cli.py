@@ -133,14 +133,14 @@ def build(job_file: str | None, model: str | None, output: str | None, settings:
     Without a job file, --set knows the keys of [engine] alone.
     """
     from batchinfer.engine.build import build as make
-    from batchinfer.job import EngineSection, Job
+    from batchinfer.job import Job
 
     chosen = _parse_settings(settings)
     if job_file is not None:
         job = Job.load(job_file, chosen | ({"model.path": model} if model else {}))
         model, engine = job.model.path, job.engine
     elif model is not None:
-        engine = Job.load(None, chosen | dict(_ANY_JOB)).engine if chosen else EngineSection()
+        engine = Job.load(None, chosen | _ANY_JOB).engine
     else:
         raise JobError("nothing to build: name a job file, or a model with -m")
     profile = engine.profile.model_dump()
