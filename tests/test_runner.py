@@ -6,8 +6,11 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +33,7 @@ from batchinfer.errors import (
 )  # fmt: skip
 from tests.echo_jobs import echo_job, read_output, run_echo, texts, tokenizer_dir, write
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -477,6 +481,23 @@ def test_rows_held_between_input_and_output_are_bounded(tmp_path, monkeypatch):
 
     run_echo(simple(tmp_path, rows=2000), Hoarding)
     assert read_output(tmp_path).num_rows == 2000 and max(pulled) <= 256
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """160 MB of columns that are only carried along, in one row group, against a thirtieth of it."""
+    script = (
+        "import sys; from pathlib import Path; from tests.echo_jobs import *; from batchinfer.data import feed\n"
+        "feed.IN_FLIGHT = (2048, 8 << 20)\n"
+        "print(run_echo(echo_job(Path(sys.argv[1]))).peak_rss)"
+    )
+    peaks = []
+    for name, rows in (("small", 1333), ("big", 40_000)):
+        payload = pa.array([os.urandom(4096) for _ in range(rows)])
+        write(tmp_path / name / "in.parquet", texts(rows).append_column("payload", payload), row_group_size=rows)
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        peaks.append(int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] - peaks[0] < 80 << 20, peaks
 
 
 def test_the_echo_backend_is_deterministic_and_stays_within_max_tokens():

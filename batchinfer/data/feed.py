@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
@@ -12,9 +14,11 @@ from batchinfer.data.journal import FinishedUnit, Journal
 from batchinfer.data.prompt import PromptRenderer, row_seed
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.threads import Channel, Halt, Window, Worker
-from batchinfer.request import Request
+from batchinfer.request import Completion, Request
 
-CHUNK_ROWS = 256  # rows rendered at a time
+CHUNK_ROWS = 256  # rendered at a time
+CHUNK_BYTES = 1 << 20  # of their columns: long documents go in smaller chunks, so that nobody waits for many of them
+RENDERERS = 2  # threads: one chunk's templates are rendered while another's text is tokenised
 AHEAD = (2048, 4_000_000)  # rows and prompt tokens that may wait for the engine
 IN_FLIGHT = (32_768, 512 << 20)  # rows and bytes of units that may be begun and uncommitted
 PATIENCE = 0.005  # seconds an engine with nothing to do waits for a prompt
@@ -85,42 +89,58 @@ class Feed(Worker):
 
     def work(self) -> None:
         try:
-            with closing(self._source.read(self._units, self._columns)) as units:
-                while not self.halt.now:
-                    with self.timed("feed.read"):
-                        item = next(units, None)
-                    if item is None:
-                        break
-                    self._unit(*item)
+            with (
+                closing(self._source.read(self._units, self._columns)) as units,
+                ThreadPoolExecutor(RENDERERS, "batchinfer-render") as pool,
+            ):
+                rendering: deque[Future[list[Request | Completion]]] = deque()
+                for chunk in self._chunks(units):
+                    rendering.append(pool.submit(self._render, *chunk))
+                    if len(rendering) == RENDERERS:
+                        self._pass_on(rendering.popleft())
+                for rendered in rendering:
+                    self._pass_on(rendered)
         except BaseException as error:
             self.error = error
         finally:
             self._channel.close()
 
-    def _unit(self, unit: Unit, rows: pa.Table) -> None:
-        with self.timed("feed.wait"):
-            if not self._window.enter(unit.rows, rows.nbytes):
+    def _chunks(self, units: Iterator[tuple[Unit, pa.Table]]) -> Iterator[tuple[Unit, pa.Table, Sequence[int]]]:
+        """Open unit after unit; yield its prompts and which of its rows are still to be rendered, some at a time."""
+        while not self.halt.now:
+            with self.timed("feed.read"):
+                item = next(units, None)
+            if item is None:
                 return
-        todo = self._journal.expect(unit, rows)
-        prompts = rows.select(list(self._renderer.columns))
-        for begin in range(0, len(todo), CHUNK_ROWS):
-            if self.halt.now:
-                return
-            self._chunk(unit, prompts, todo[begin : begin + CHUNK_ROWS])
+            unit, rows = item
+            with self.timed("feed.wait"):
+                if not self._window.enter(unit.rows, rows.nbytes):
+                    return
+            todo = self._journal.expect(unit, rows)
+            prompts = rows.select(list(self._renderer.columns))
+            step = max(1, min(CHUNK_ROWS, CHUNK_BYTES * unit.rows // max(prompts.nbytes, 1)))
+            for begin in range(0, len(todo), step):
+                if self.halt.now:
+                    return
+                yield unit, prompts, todo[begin : begin + step]
 
-    def _chunk(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> None:
+    def _render(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> list[Request | Completion]:
+        keys = [(unit.index, row) for row in rows]
+        seeds = [row_seed(self._job_seed, unit.file, unit.first_row + row) for row in rows]
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        table = prompts.slice(rows[0], len(rows)) if contiguous else prompts.take(pa.array(rows, pa.int64()))
+        return self._renderer.render(table, keys, seeds)
+
+    def _pass_on(self, rendering: Future[list[Request | Completion]]) -> None:
         with self.timed("feed.render"):
-            keys = [(unit.index, row) for row in rows]
-            seeds = [row_seed(self._job_seed, unit.file, unit.first_row + row) for row in rows]
-            contiguous = rows[-1] - rows[0] + 1 == len(rows)
-            table = prompts.slice(rows[0], len(rows)) if contiguous else prompts.take(pa.array(rows, pa.int64()))
-            requests, tokens = [], 0
-            for item in self._renderer.render(table, keys, seeds):
-                if isinstance(item, Request):
-                    requests.append(item)
-                    tokens += len(item.prompt_token_ids)
-                else:
-                    self._journal.add(item)
+            rendered = rendering.result()
+        requests, tokens = [], 0
+        for item in rendered:
+            if isinstance(item, Request):
+                requests.append(item)
+                tokens += len(item.prompt_token_ids)
+            else:
+                self._journal.add(item)
         if requests:
             with self.timed("feed.wait"):
                 self._channel.put(requests, tokens)

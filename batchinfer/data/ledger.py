@@ -259,8 +259,10 @@ class Ledger:
         try:
             self.identity = json.loads(self.store.read("job.json"))
             plan = pq.read_table(pa.BufferReader(self.store.read(PLAN)))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             self.identity = None
+            if self.store.list("commits"):
+                raise IntegrityError(f"{error.filename} is missing, and units were committed under it") from None
             return
         except (ValueError, pa.ArrowException) as error:
             raise IntegrityError(f"{self.store.root} is damaged: {error}") from None

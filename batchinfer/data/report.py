@@ -116,8 +116,17 @@ def summarize(
         seconds=seconds,
         load=load,
         stages=stages or {},
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_rss=peak_rss(),
     )
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    try:  # ru_maxrss would count the parent's memory too: Linux hands it down through fork and exec
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_summary(ledger: Ledger, summary: Summary) -> None:

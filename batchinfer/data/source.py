@@ -113,7 +113,7 @@ class Source:
             file = self.files[name]
             file.check_unchanged()
             try:
-                with pq.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
+                with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as parquet:
                     for run in _runs(of_file):
                         yield from _cut(parquet, file, run, schema)
             except (OSError, pa.ArrowException) as error:

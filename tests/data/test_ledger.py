@@ -217,3 +217,6 @@ def test_a_damaged_commit_record_or_plan_is_an_integrity_error(tmp_path, source)
     (tmp_path / "out.batchinfer" / "plan-000.parquet").write_bytes(b"PAR1")
     with pytest.raises(IntegrityError, match="is damaged"):
         Ledger(tmp_path / "out").__enter__()
+    (tmp_path / "out.batchinfer" / "plan-000.parquet").unlink()
+    with pytest.raises(IntegrityError, match="plan-000.parquet is missing"):
+        Ledger(tmp_path / "out").__enter__()

@@ -71,6 +71,7 @@ def check(folder: Path, table: pa.Table, undisturbed) -> None:
         assert part.equals(undisturbed[key], check_metadata=True), key
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path, undisturbed):
     table = make_input(tmp_path)
     chance, kills = random.Random(20), 24
@@ -96,6 +97,20 @@ def read_output_as_it_is(folder: Path) -> list[int]:
 
     root = folder / "out"
     return pl.read_parquet(root)["id"].to_list() if any(root.rglob("*.parquet")) else []
+
+
+@pytest.mark.slow
+def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = int(done.stdout)
+    print(f"crash points {points}")
+    assert points > 40
+    outputs = [read_output(tmp_path / f"{point:03}") for point in range(points + 1)]
+    assert all(output.equals(outputs[-1]) for output in outputs)
+    assert outputs[-1]["id"].to_pylist() == list(range(24))
 
 
 def test_sigterm_drains_exits_75_and_computes_no_row_twice(tmp_path, undisturbed):
@@ -138,6 +153,7 @@ def test_a_run_that_was_frozen_and_goes_on_does_no_harm(tmp_path, undisturbed):
     check(tmp_path, table, undisturbed)
 
 
+@pytest.mark.slow
 def test_logs_torn_at_many_bytes_cost_rows_of_the_last_batch_and_nothing_else(tmp_path, undisturbed):
     table = make_input(tmp_path)
     chance = random.Random(3)

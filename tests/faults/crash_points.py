@@ -1,0 +1,84 @@
+"""Runs a small job again and again, each time killed at the next operation on the disk, and then to its end.
+
+``python -m tests.faults.crash_points FOLDER``: one folder a crash point, FOLDER/<n>/, which the caller looks at. It
+forks, so it must be a process of its own, in which nothing has run yet. Prints the number of crash points.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from batchinfer.backends.echo import EchoBackend
+from tests.echo_jobs import echo_job, run_echo, texts, tokenizer_dir, write
+
+OPERATIONS = ("write", "fsync", "link", "replace", "unlink")
+UNITS, UNIT_ROWS = 3, 8
+
+
+class Pausing(EchoBackend):
+    """Pauses within every unit, so that its rows are logged."""
+
+    def generate(self, requests):
+        for completion in super().generate(requests):
+            if completion.key[1] == UNIT_ROWS // 2:
+                threading.Event().wait(0.03)
+            yield completion
+
+
+def die_at(point: int) -> None:
+    """Have SIGKILL strike before the ``point``-th operation; half of the bytes of a write are written."""
+    lock = threading.Lock()
+    count = 0
+
+    def armed(name: str):
+        plain = getattr(os, name)
+
+        def operation(*args, **kwargs):
+            nonlocal count
+            with lock:
+                count += 1
+                if count == point:
+                    if name == "write":
+                        plain(args[0], bytes(args[1])[: len(args[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **kwargs)
+
+        setattr(os, name, operation)
+
+    for name in OPERATIONS:
+        armed(name)
+
+
+def run_in_child(folder: Path, point: int | None) -> int:
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    try:
+        if point is not None:
+            die_at(point)
+        os._exit(
+            run_echo(echo_job(folder, checkpoint__unit_rows=UNIT_ROWS, checkpoint__sync_rows=2), Pausing).exit_code
+        )
+    finally:
+        os._exit(1)
+
+
+def main() -> None:
+    root, point, status = Path(sys.argv[1]), 0, signal.SIGKILL
+    tokenizer_dir()
+    while status == signal.SIGKILL:
+        folder = root / f"{point:03}"
+        write(folder / "in.parquet", texts(UNITS * UNIT_ROWS))
+        status = run_in_child(folder, point + 1)
+        if status not in (0, signal.SIGKILL) or run_in_child(folder, None) != 0:
+            sys.exit(f"crash point {point}: no way on")
+        point += 1
+    print(point - 1)
+
+
+if __name__ == "__main__":
+    main()
