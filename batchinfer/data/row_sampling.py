@@ -47,11 +47,12 @@ class RowSampling:
         wanted = {name: value for name, value in zip(self._column_of, key) if value is not None}
         own_seed = wanted.pop("seed", None)
         try:
-            if key not in self._known:
+            params = self._known.get(key)
+            if params is None:
                 if len(self._known) >= 4096:
                     self._known.clear()
-                self._known[key] = self._validated(wanted)
-            return _seeded(self._known[key], seed if own_seed is None else self._validated({"seed": own_seed}).seed)
+                params = self._known[key] = self._validated(wanted)
+            return _seeded(params, seed if own_seed is None else self._validated({"seed": own_seed}).seed)
         except RowError as error:
             return error
 
