@@ -58,7 +58,8 @@ class PromptRenderer:
     def render(self, rows: pa.Table, keys: Sequence[Hashable], seeds: Sequence[int]) -> list[Request | Completion]:
         """One request or failed completion a row, in order.
 
-        Several threads may render at once. ``rows`` needs the ``columns``, others are not looked at. ``seeds`` count where no seed column says otherwise.
+        ``rows`` needs the ``columns``, others are not looked at. ``seeds`` count where no seed column says otherwise.
+        Several threads may render at once.
         """
         cells = {name: to_values(name, rows.column(name)) for name in self.columns}
         results: list[Any] = [None] * rows.num_rows
