@@ -12,7 +12,7 @@ from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
 
 @dataclass
 class Sequences:
-    """Sequences with their pages, fed in steps. ``contexts`` are the final lengths, ``queries`` the last step's rows."""
+    """Sequences with their pages, fed in steps: ``contexts`` are final lengths, ``queries`` the last step's rows."""
 
     contexts: list[int]
     queries: list[int]

@@ -155,7 +155,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_threads(kernels, dtype, w
     threads = torch.get_num_threads()
     together = pair.fast.attend(q, last, pair.fast_cache, torch.empty_like(q))
     try:
-        for count in (1, 3, 16):
+        for count in (1, 3):
             torch.set_num_threads(count)
             assert torch.equal(pair.fast.attend(q, last, pair.fast_cache, torch.empty_like(q)), together)
             for s, (context, rows) in enumerate(zip(contexts, queries)):

@@ -152,3 +152,41 @@ INLINE vf exp(vf x) {
 }
 
 INLINE float exp(float x) { return exp(all(x))[0]; }
+
+// ---- 2^x: relative error below 1.2e-7 at DEGREE 6 and 8e-5 at DEGREE 3 (bf16 keeps 4e-3); 0 below -126, so -inf gives 0
+
+template <int DEGREE>
+INLINE vf exp2(vf x) {
+    static_assert(DEGREE == 6 || DEGREE == 3);
+#if defined(__AVX512F__)
+    const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf r = x - n;
+#else
+    const vf round = all(12582912.f);
+    const vf shifted = max(x, all(-126.f)) + round;
+    const vf r = max(x, all(-126.f)) - (shifted - round);
+#endif
+    vf p;
+    if constexpr (DEGREE == 6) {
+        p = all(1.5345812e-4f);
+        p = p * r + 1.3399931e-3f;
+        p = p * r + 9.618489e-3f;
+        p = p * r + 5.5503286e-2f;
+        p = p * r + 2.4022646e-1f;
+        p = p * r + 6.931472e-1f;
+        p = p * r + 1.0f;
+    } else {
+        p = all(5.517167e-2f);
+        p = p * r + 2.4261113e-1f;
+        p = p * r + 6.9326097e-1f;
+        p = p * r + 9.9992806e-1f;
+    }
+#if defined(__AVX512F__)
+    // Masked, since a result that is not a normal float costs a microcode assist of a hundred cycles.
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_GE_OQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    const vf y = bits<vf>(bits<vi>(p) + ((bits<vi>(shifted) - bits<vi>(round)) << 23));
+    return x < all(-126.f) ? vf{} : y;
+#endif
+}
