@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
-from batchinfer.data.feed import Feed, needed_columns
-from batchinfer.data.journal import Journal, ResultSchema
+from batchinfer.data.feed import Feed
+from batchinfer.data.journal import Journal, ResultSchema, Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
@@ -52,7 +52,7 @@ def run(
     with StopSignals(halt) as signals:
         try:
             source = Source(job.input.path, job.output.path)
-            plan = _Columns(job, source)
+            columns = _Columns(job, source)
             with Ledger(job.output.path) as ledger:
                 if ledger.identity is not None:
                     ledger.check_semantic(job.semantic(), tuple(job.semantic()))
@@ -60,7 +60,18 @@ def run(
                 if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
                 with closing(open_backend(job)) as backend:
-                    return _work(job, source, plan, ledger, backend, halt, signals, begun, progress)
+                    opened = time.perf_counter() - begun
+                    tally, stages = _work(job, source, columns, ledger, backend, halt, signals, progress)
+                    summary = summarize(
+                        ledger,
+                        job.limits.max_failed_fraction,
+                        run=tally,
+                        seconds=time.perf_counter() - begun,
+                        load=backend.load(),
+                        stages={"open": opened, **stages},
+                    )
+                write_summary(ledger, summary)
+                return summary
         except StopNow:  # before any work
             return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
 
@@ -72,7 +83,7 @@ class _Columns:
         self.results = ResultSchema(job.sampling.n)
         self.output = OutputSchema(job.output, source.schema, self.results)
         asked = check_columns(job.prompt, job.sampling, source.schema)
-        self.read = needed_columns(self.output.carried, asked) or source.schema.names[:1]
+        self.read = list(dict.fromkeys((*self.output.carried, *asked))) or source.schema.names[:1]
 
 
 def _work(
@@ -83,10 +94,9 @@ def _work(
     backend: Backend,
     halt: Halt,
     signals: StopSignals,
-    begun: float,
     progress: bool | None,
-) -> Summary:
-    opened = time.perf_counter()
+) -> tuple[Tally, dict[str, float]]:
+    """Compute what is pending, or as much as ``halt`` allows. Returns what was computed and where the time went."""
     renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
     ledger.begin(
         source,
@@ -94,11 +104,11 @@ def _work(
         semantic={**job.semantic(), "engine": backend.fingerprint},
         operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json")},
     )
-    before = sum(commit.rows for commit in ledger.commits.values())
     sync = (job.checkpoint.sync_seconds, job.checkpoint.sync_rows)
     sink = Sink(ledger, columns.output, job.output.compression, job.job.name, lambda unit: feed.committed(unit), halt)
     journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
     feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
+    before = sum(commit.rows for commit in ledger.commits.values())
     told = Progress(ledger.rows, before, journal.tally, backend.load, job.report.log_seconds, progress)
     started = generated = time.perf_counter()
     try:
@@ -120,18 +130,8 @@ def _work(
             raise error
     if not halt.stopping and not ledger.complete:
         raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
-    stages = {"open": opened - begun, "generate": generated - started, "generate.wait": feed.waited}
-    stages |= feed.seconds | journal.seconds | sink.seconds
-    summary = summarize(
-        ledger,
-        job.limits.max_failed_fraction,
-        run=journal.tally,
-        seconds=time.perf_counter() - begun,
-        load=backend.load(),
-        stages=stages,
-    )
-    write_summary(ledger, summary)
-    return summary
+    stages = {"generate": generated - started, "generate.wait": feed.waited}
+    return journal.tally, stages | feed.seconds | journal.seconds | sink.seconds
 
 
 def _model_at_a_glance(job: Job) -> dict[str, Any]:

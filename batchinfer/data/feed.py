@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
@@ -144,8 +144,3 @@ class Feed(Worker):
         if requests:
             with self.timed("feed.wait"):
                 self._channel.put(requests, tokens)
-
-
-def needed_columns(*lists: Iterable[str]) -> list[str]:
-    """Each column once, in the order of first mention."""
-    return list(dict.fromkeys(name for names in lists for name in names))
