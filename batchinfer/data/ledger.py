@@ -18,24 +18,23 @@ finishes the move). Nothing but parts ever lies in OUT, as ``polars.scan_parquet
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.cache import digest
+from batchinfer.data.lock import Lock, holder, is_running, lives
 from batchinfer.data.source import InputFile, Source, Unit
 from batchinfer.data.store import LocalStore
-from batchinfer.errors import DriftError, IntegrityError, LockedError, OutputError
+from batchinfer.errors import DriftError, IntegrityError, OutputError
 
 PLAN = "plan-000.parquet"
 
@@ -81,7 +80,7 @@ class Ledger:
         self.identity: dict[str, Any] | None = None  # job.json; None: this output was not begun
 
     def __enter__(self) -> Ledger:
-        self._lock = self._take_lock()
+        self._lock = Lock(self.store, self.output)
         try:
             self._load()
         except BaseException:
@@ -98,7 +97,7 @@ class Ledger:
             self.store.remove(["lock"])
             with contextlib.suppress(OSError):
                 self.store.root.rmdir()
-        self._lock.close()
+        self._lock.release()
 
     # ---- beginning and resuming
 
@@ -126,7 +125,7 @@ class Ledger:
             self.store.make_folder(folder)
         for folder in (".", ".."):  # OUT and its control folder, and what is in that, survive a power cut
             self.store.sync(folder)
-        lease = json.dumps(_holder()).encode()
+        lease = json.dumps(holder()).encode()
         self.epoch = 1 + max((int(name.split(".")[0]) for name in self.store.list("leases", ".json")), default=0)
         while not self.store.put_if_absent(f"leases/{self.epoch:06d}.json", lease):
             self.epoch += 1
@@ -232,29 +231,6 @@ class Ledger:
 
     # ---- inside
 
-    def _take_lock(self) -> TextIO:
-        while True:
-            self.store.make_folder(".")
-            path = self.store.path("lock")
-            try:
-                stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (held until the ledger closes)
-            except OSError as error:
-                raise OutputError(f"cannot write {path}: {error.strerror}") from None
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                with stream:
-                    holder = _told(stream)
-                raise LockedError(f"{self.output} is being written by another run{holder}") from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino:
-                    break
-            stream.close()  # its last holder removed it while we waited: take the new one
-        stream.truncate(0)
-        json.dump(_holder(), stream)
-        stream.flush()
-        return stream
-
     def _load(self) -> None:
         try:
             self.identity = json.loads(self.store.read("job.json"))
@@ -306,20 +282,15 @@ class Ledger:
 
     def _clear(self) -> None:
         """Remove what dead runs left. The lock is ours; should it not hold on this file system, a live run's stay."""
-        alive = {name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if self._alive(name)}
+        alive = {
+            name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if lives(self.store, name)
+        }
         staged = self.store.list("staged")
         self.store.remove(f"staged/{name}" for name in staged if name.split(".")[1] not in alive)
         for folder in (".", "commits", "leases"):
             temporary = self.store.list(folder, ".tmp")
-            self.store.remove(f"{folder}/{name}" for name in temporary if not _running(name.split(".")[-2]))
+            self.store.remove(f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
         self.store.remove(f"wal/{name}" for name in self.store.list("wal") if int(name.split(".")[0]) in self.commits)
-
-    def _alive(self, lease: str) -> bool:
-        try:
-            holder = json.loads(self.store.read(f"leases/{lease}"))
-            return holder["host"] == socket.gethostname() and _running(holder["pid"])
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
-            return False
 
     def _claim_output(self) -> None:
         """Raises: OutputError if OUT holds somebody else's files or is another file system than its control folder."""
@@ -345,16 +316,6 @@ class Ledger:
         return f"staged/{unit:06d}.{epoch}"
 
 
-def _told(lock: TextIO) -> str:
-    """Who holds a lock, as far as its file says."""
-    lock.seek(0)
-    try:
-        who = json.loads(lock.read())
-        return f": process {who['pid']} on {who['host']}, since {who['since']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
 def _plan_bytes(units: list[Unit], files: dict[str, InputFile]) -> bytes:
     of = [files[unit.file] for unit in units]
     table = pa.table(
@@ -374,21 +335,6 @@ def _plan_bytes(units: list[Unit], files: dict[str, InputFile]) -> bytes:
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue().to_pybytes()
-
-
-def _running(pid: int | str) -> bool:
-    """Whether another process of this machine has that id."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return int(pid) != os.getpid()
-
-
-def _holder() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

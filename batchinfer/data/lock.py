@@ -1,0 +1,94 @@
+"""Lock: one run at a time on an output, and who it is."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from batchinfer.data.store import LocalStore
+from batchinfer.errors import LockedError, OutputError
+
+
+class Lock:
+    """An flock on the control folder's ``lock``, which says who holds it. It ends with the process, however that dies.
+
+    Only saves work: two runs that both believe they hold it still commit every row once (see ledger.py).
+
+    Raises: LockedError naming the holder.
+    """
+
+    def __init__(self, store: LocalStore, output: Path) -> None:
+        store.make_folder(".")
+        self._path = store.path("lock")
+        self._stream = self._take(output)
+        while not self._is_current():  # its last holder removed it while we took it: there is a new one, or none
+            self._stream.close()
+            store.make_folder(".")
+            self._stream = self._take(output)
+        self._stream.truncate(0)
+        json.dump(holder(), self._stream)
+        self._stream.flush()
+
+    def release(self) -> None:
+        self._stream.close()
+
+    def _take(self, output: Path) -> TextIO:
+        try:
+            stream = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (held until it is released)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {error.strerror}") from None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with stream:
+                who = _told(stream)
+            raise LockedError(f"{output} is being written by another run{who}") from None
+        except OSError:
+            pass  # a file system without locks: the commits' put-if-absent has to do
+        return stream
+
+    def _is_current(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(self._path).st_ino == os.fstat(self._stream.fileno()).st_ino
+        return False
+
+
+def holder() -> dict[str, Any]:
+    """This process, for others to read."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+
+
+def lives(store: LocalStore, lease: str) -> bool:
+    """Whether the run of a lease is another process of this machine that still runs."""
+    try:
+        told = json.loads(store.read(f"leases/{lease}"))
+        return told["host"] == socket.gethostname() and is_running(told["pid"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return False
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether another process of this machine has that id."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return int(pid) != os.getpid()
+
+
+def _told(lock: TextIO) -> str:
+    """Who holds a lock, as far as its file says."""
+    lock.seek(0)
+    try:
+        who = json.loads(lock.read())
+        return f": process {who['pid']} on {who['host']}, since {who['since']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
