@@ -258,7 +258,6 @@ struct Tile {  // scratch of one tile of rows
         float keep[amx::ROWS], add[amx::ROWS];
         softmax(shape, steps * amx::KEYS, visible, rows, state, keep, add);
 
-        for (int page = 0; page < keys.ahead_count; ++page) prefetch(keys.ahead[page], keys.v_offset);
         alignas(64) uint32_t tail[amx::KEYS / 2 * MAX_DIM];
         const int whole = count / amx::KEYS;
         auto v_of = [&](int step) {
@@ -271,7 +270,11 @@ struct Tile {  // scratch of one tile of rows
             std::fill(tail + lanes + half, tail + amx::KEYS / 2 * dim_pad, 0u);
         }
         for (int column = 0; column < dim_pad; column += 64) {
-            auto v = [&](int step) { return (step < whole ? v_of(step) : tail) + column; };
+            auto v = [&](int step) {
+                if (column == 0 && step % per_page == 0 && step / per_page < keys.ahead_count)
+                    prefetch(keys.ahead[step / per_page], keys.v_offset);
+                return (step < whole ? v_of(step) : tail) + column;
+            };
             const int vectors = std::min(4, (dim_pad - column) / VL);
             auto weigh = vectors == 1   ? &amx::weigh<1, decltype(v)>
                          : vectors == 2 ? &amx::weigh<2, decltype(v)>
