@@ -11,7 +11,7 @@ from typing import Any
 
 from batchinfer.backends import Backend, open_backend
 from batchinfer.data.feed import Feed
-from batchinfer.data.journal import Journal, ResultSchema, Tally
+from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
@@ -61,11 +61,12 @@ def run(
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
                 with closing(open_backend(job)) as backend:
                     opened = time.perf_counter() - begun
-                    tally, stages = _work(job, source, columns, ledger, backend, halt, signals, progress)
+                    journal, stages = _work(job, source, columns, ledger, backend, halt, signals, progress)
                     summary = summarize(
                         ledger,
                         job.limits.max_failed_fraction,
-                        run=tally,
+                        run=journal.tally,
+                        logged=journal.logged(),
                         seconds=time.perf_counter() - begun,
                         load=backend.load(),
                         stages={"open": opened, **stages},
@@ -95,8 +96,8 @@ def _work(
     halt: Halt,
     signals: StopSignals,
     progress: bool | None,
-) -> tuple[Tally, dict[str, float]]:
-    """Compute what is pending, or as much as ``halt`` allows. Returns what was computed and where the time went."""
+) -> tuple[Journal, dict[str, float]]:
+    """Compute what is pending, or as much as ``halt`` allows. Returns what came in and where the time went."""
     renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
     ledger.begin(
         source,
@@ -109,7 +110,14 @@ def _work(
     journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
     feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
     before = sum(commit.rows for commit in ledger.commits.values())
-    told = Progress(ledger.rows, before, journal.tally, backend.load, job.report.log_seconds, progress)
+    told = Progress(
+        ledger.rows,
+        lambda: before + journal.recovered + journal.tally.rows,
+        journal.tally,
+        backend.load,
+        job.report.log_seconds,
+        progress,
+    )
     started = generated = time.perf_counter()
     try:
         with sink, journal, feed, told:
@@ -131,7 +139,7 @@ def _work(
     if not halt.stopping and not ledger.complete:
         raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
     stages = {"generate": generated - started, "generate.wait": feed.waited}
-    return journal.tally, stages | feed.seconds | journal.seconds | sink.seconds
+    return journal, stages | feed.seconds | journal.seconds | sink.seconds
 
 
 def _model_at_a_glance(job: Job) -> dict[str, Any]:

@@ -288,6 +288,7 @@ def test_a_signal_drains_what_is_under_way_and_a_rerun_goes_on_from_there(tmp_pa
     assert signal.getsignal(signal.SIGTERM) == before
     assert (summary.state, summary.exit_code) == ("stopped", 75)
     assert summary.run.rows == 121 and summary.job.rows == 64, "one unit is complete, all drained rows are kept"
+    assert summary.logged == 121 - 64 and str(summary).startswith("121 of 300 rows")
     assert "again to stop at once" in capfd.readouterr().err and "run again to go on" in str(summary)
     again = run_echo(job)
     assert again.run.rows == 300 - 121 and again.job.rows == 300

@@ -133,6 +133,7 @@ class Journal(Worker):
     ) -> None:
         super().__init__("journal", halt)
         self.tally = Tally()  # of this run
+        self.recovered = 0  # rows found in logs, so far
         self._store, self._epoch, self._results, self._deliver = store, epoch, results, deliver
         self._sync_seconds, self._sync_rows = (sync[0], sync[1]) if sync[0] > 0 else (1.0, 1)
         self._logs: dict[int, list[str]] = defaultdict(list)
@@ -156,7 +157,8 @@ class Journal(Worker):
     def expect(self, unit: Unit, carried: pa.Table) -> list[int]:
         """Open a unit. Returns its rows that are still to be computed; the others were in its log."""
         logs = self._logs.pop(unit.index, [])
-        batches, rows = self._recover(unit, logs) if logs else ([], set())
+        batches, rows = self._recover(logs)
+        self.recovered += len(rows)
         opened = OpenUnit(unit, carried, batches, unit.rows - len(rows), logs)
         if opened.missing:
             self._units[unit.index] = opened
@@ -169,6 +171,11 @@ class Journal(Worker):
         self._finished.append(completion)
         if len(self._finished) >= self._sync_rows and not self._wake.is_set():
             self._wake.set()
+
+    def logged(self) -> int:
+        """Finished rows of unfinished units, once it is closed: a later run need not compute them."""
+        opened = sum(opened.unit.rows - opened.missing for opened in self._units.values())
+        return opened + sum(len(self._recover(logs)[1]) for logs in self._logs.values())
 
     def work(self) -> None:
         closing = False
@@ -221,7 +228,7 @@ class Journal(Worker):
                 raise EngineError(f"the engine returned a row of unit {opened.unit.index} ({opened.unit.file}) twice")
         return FinishedUnit(opened.unit, opened.carried, table.drop_columns(["row"]), opened.logs)
 
-    def _recover(self, unit: Unit, logs: list[str]) -> tuple[list[pa.RecordBatch], set[int]]:
+    def _recover(self, logs: list[str]) -> tuple[list[pa.RecordBatch], set[int]]:
         batches, rows = [], set()
         for name in logs:
             for batch in read_log(self._store.read(name), self._results.logged):

@@ -26,7 +26,10 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. ``job`` counts everything committed so far, ``run`` what this run computed."""
+    """How a run ended. ``job`` counts everything committed so far, ``run`` what this run computed.
+
+    ``logged`` rows are finished, but not all of their unit is, so that they are not in the output yet.
+    """
 
     output: Path
     state: Literal["complete", "stopped"]
@@ -34,6 +37,7 @@ class Summary:
     rows: int = 0  # of the whole job
     job: Tally = field(default_factory=Tally)
     run: Tally = field(default_factory=Tally)
+    logged: int = 0
     seconds: float = 0.0  # wall time of this run, engine loading included
     load: Load | None = None  # the engine's own counters; None if it was not needed
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage; threads overlap
@@ -53,6 +57,7 @@ class Summary:
             "state": self.state,
             "exit_code": int(self.exit_code),
             "total_rows": self.rows,
+            "logged_rows": self.logged,
             "job": _counts(self.job),
             "run": _counts(self.run) | {"seconds": round(self.seconds, 3), "tokens_per_second": rates},
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
@@ -61,10 +66,11 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        done = f"{self.job.rows:,}" if self.job.rows == self.rows else f"{self.job.rows:,} of {self.rows:,}"
+        done = f"{self.job.rows:,}" if self.state == "complete" else f"{self.job.rows + self.logged:,} of {self.rows:,}"
         failed = f" ({self.job.failed:,} failed)" if self.job.failed else ""
         parts = [f"{done} rows{failed}"]
-        parts.append(f"{self.job.prompt_tokens:,} tokens in, {self.job.completion_tokens:,} out")
+        counts = self.job if self.state == "complete" else self.run
+        parts.append(f"{counts.prompt_tokens:,} tokens in, {counts.completion_tokens:,} out")
         if self.run.rows:
             parts.append(f"{self.tokens_per_second['total']:,.0f} tok/s")
             parts.append(f"{_clock(self.seconds)} wall")
@@ -91,6 +97,7 @@ def summarize(
     max_failed_fraction: float,
     *,
     run: Tally | None = None,
+    logged: int = 0,
     seconds: float = 0.0,
     load: Load | None = None,
     stages: dict[str, float] | None = None,
@@ -113,6 +120,7 @@ def summarize(
         rows=ledger.rows,
         job=job,
         run=run or Tally(),
+        logged=logged,
         seconds=seconds,
         load=load,
         stages=stages or {},
@@ -151,15 +159,21 @@ class Progress:
     """Tells how a run is getting on: a bar on a terminal, otherwise a line on stderr now and then.
 
     Args:
-        before: rows committed before this run.
+        done: rows that need no more work, whichever run did it.
         tally: what this run has finished; read from another thread, so it may be a moment old.
-        shown: None shows a bar on a terminal and lines elsewhere; True lines or bar the same; False nothing.
+        shown: False for silence.
     """
 
     def __init__(
-        self, rows: int, before: int, tally: Tally, load: Callable[[], Load], log_seconds: float, shown: bool | None
+        self,
+        rows: int,
+        done: Callable[[], int],
+        tally: Tally,
+        load: Callable[[], Load],
+        log_seconds: float,
+        shown: bool | None,
     ) -> None:
-        self._rows, self._before, self._tally, self._load = rows, before, tally, load
+        self._rows, self._done, self._tally, self._load = rows, done, tally, load
         self._on_terminal = sys.stderr.isatty()
         self._interval = 0.5 if self._on_terminal else log_seconds
         self._shown = shown is not False
@@ -185,12 +199,12 @@ class Progress:
             return
         from tqdm import tqdm
 
-        with tqdm(total=self._rows, initial=self._before, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+        with tqdm(total=self._rows, initial=self._done(), unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
             ended = False
             while not ended:
                 ended = self._ended.wait(self._interval)
                 bar.set_postfix_str(self._engine(), refresh=False)
-                bar.update(self._before + self._tally.rows - bar.n)
+                bar.update(self._done() - bar.n)
 
     def _engine(self) -> str:
         load, tokens, now = self._load(), self._tally.prompt_tokens + self._tally.completion_tokens, time.monotonic()
@@ -200,7 +214,7 @@ class Progress:
         return f"{rate:,.0f} tok/s, {load.running:,} running, KV {load.kv_used:.0%}{failed}"
 
     def _line(self) -> str:
-        done = self._before + self._tally.rows
+        done = self._done()
         share = f" ({done / self._rows:.0%})" if self._rows else ""
         seconds = time.monotonic() - self._begun
         left = ""

@@ -22,7 +22,7 @@ from batchinfer.job import OutputSection
 def test_a_summary_is_one_line_for_people_and_json_for_tools():
     tally = Tally(1200, 3, 50_000, 20_000, Counter(stop=1197, error=3))
     summary = Summary(
-        Path("out"), "complete", ExitCode.OK, 1200, tally, tally, 75.0, Load(details={"kernels": "cpu"}),
+        Path("out"), "complete", ExitCode.OK, 1200, tally, tally, 0, 75.0, Load(details={"kernels": "cpu"}),
         {"generate": 70.0}, 1 << 30,
     )  # fmt: skip
     assert str(summary) == "1,200 rows (3 failed) · 50,000 tokens in, 20,000 out · 1,000 tok/s · 1:15 min wall · out"
@@ -33,7 +33,7 @@ def test_a_summary_is_one_line_for_people_and_json_for_tools():
 
 
 def test_a_stopped_run_says_how_far_it_came_and_how_to_go_on():
-    summary = Summary(Path("out"), "stopped", ExitCode.STOPPED, 1000, Tally(rows=250))
+    summary = Summary(Path("out"), "stopped", ExitCode.STOPPED, 1000, Tally(rows=200), logged=50)
     assert str(summary).startswith("250 of 1,000 rows") and "run again to go on" in str(summary)
 
 
@@ -41,7 +41,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch)
     monkeypatch.setattr("sys.stderr", told := io.StringIO())
     tally = Tally(rows=30, failed=2, prompt_tokens=900)
     load = Load(running=12, kv_used=0.41)
-    with Progress(100, 20, tally, lambda: load, 0.02, None):
+    with Progress(100, lambda: 50, tally, lambda: load, 0.02, None):
         time.sleep(0.1)
     line = told.getvalue().splitlines()[0]
     assert (
@@ -57,10 +57,10 @@ def test_progress_false_is_silent_and_a_terminal_gets_a_bar(monkeypatch):
             return True
 
     monkeypatch.setattr("sys.stderr", told := Terminal())
-    with Progress(100, 20, Tally(), Load, 0.01, False):
+    with Progress(100, lambda: 50, Tally(), Load, 0.01, False):
         time.sleep(0.05)
     assert told.getvalue() == ""
-    with Progress(100, 20, Tally(rows=30), lambda: Load(running=7), 0.01, None):
+    with Progress(100, lambda: 50, Tally(rows=30), lambda: Load(running=7), 0.01, None):
         pass
     assert "50/100" in told.getvalue() and "7 running" in told.getvalue()
 
