@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+GATHER_BYTES = 64 * 2**20  # of keys and values that the reference holds in float32 at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +100,7 @@ class PagedAttention(ABC):
 
 
 class TorchPagedAttention(PagedAttention):
-    """The reference: any device, one sequence after another. A cache is ``[2, pages, page_size, kv_heads, head_dim]``."""
+    """The reference, on any device. A cache is ``[2, pages, page_size, kv_heads, head_dim]``."""
 
     page_size = 16
 
@@ -130,25 +133,50 @@ class TorchPagedAttention(PagedAttention):
         return q_out
 
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:
-        starts = batch.query_starts.tolist()
-        for s, context in enumerate(batch.context_lens.tolist()):
-            rows = slice(starts[s], starts[s + 1])
-            positions = torch.arange(context - (rows.stop - rows.start), context, device=q.device)
-            first = 0 if self.window is None else max(0, context - positions.numel() - self.window + 1)
-            first_page = first // self.page_size
-            pages = batch.page_table[s, first_page : -(-context // self.page_size)]
-            first = first_page * self.page_size
-            # [kv_heads, keys, head_dim], only the keys that exist: an unwritten slot may hold NaN
-            k, v = cache[:, pages].flatten(1, 2)[:, : context - first].float().transpose(1, 2)
-            query = q[rows].float().view(len(positions), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
-            scores = query @ k.unsqueeze(1).mT * self.scale  # [kv_heads, group, queries, keys]
-            key = torch.arange(first, context, device=q.device)
-            hidden = key > positions[:, None]
-            if self.window is not None:
-                hidden |= key <= positions[:, None] - self.window
-            weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-            out[rows] = (weights @ v.unsqueeze(1)).permute(2, 0, 1, 3).flatten(1).to(out.dtype)
+        starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
+        for group in self._groups(starts, contexts):
+            rows = slice(starts[group.start], starts[group.stop])
+            self._attend_group(q[rows], batch, group, contexts[group], cache, out[rows])
         return out
+
+    def _groups(self, starts: list[int], contexts: list[int]) -> Iterator[slice]:
+        """Neighbours with equally many rows, as many as fit the memory for their keys padded to the longest."""
+        most_keys = GATHER_BYTES // (8 * self.num_kv_heads * self.head_dim)
+        first, longest = 0, 0
+        for s, context in enumerate(contexts):
+            longest = max(longest, context)
+            same = starts[s + 1] - starts[s] == starts[first + 1] - starts[first]
+            if s > first and not (same and (s + 1 - first) * longest <= most_keys):
+                yield slice(first, s)
+                first, longest = s, context
+        if contexts:
+            yield slice(first, len(contexts))
+
+    def _attend_group(
+        self, q: Tensor, batch: AttentionBatch, group: slice, contexts: list[int], cache: Tensor, out: Tensor
+    ) -> None:
+        sequences, page_size, window = len(contexts), self.page_size, self.window or max(contexts)
+        queries = q.shape[0] // sequences
+        if not queries:
+            return
+        context = batch.context_lens[group, None].long()
+        position = context - queries + torch.arange(queries, device=q.device)  # [sequences, queries]
+        first_page = max(0, min(contexts) - queries - window + 1) // page_size
+        page = torch.arange(first_page, -(-max(contexts) // page_size), device=q.device)
+        live = (page * page_size < context) & ((page + 1) * page_size > position[:, :1] - window + 1)
+        pages = torch.where(live, batch.page_table[group, first_page : first_page + len(page)], 0).long()
+
+        key = torch.arange(first_page * page_size, (first_page + len(page)) * page_size, device=q.device)
+        hidden = (key > position[..., None]) | (key <= position[..., None] - window)  # [sequences, queries, keys]
+        k, v = (  # [sequences, kv_heads, keys, head_dim]
+            cache[:, pages].flatten(2, 3).transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        v.masked_fill_(hidden.all(dim=1)[:, None, :, None], 0)  # an unwritten slot may hold NaN, and NaN * 0 is NaN
+        query = q.float().view(sequences, queries, self.num_kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)
+        scores = query.flatten(2, 3) @ k.mT * self.scale  # [sequences, kv_heads, group * queries, keys]
+        scores.view(*query.shape[:-1], -1).masked_fill_(hidden[:, None, None], float("-inf"))
+        values = (scores.softmax(dim=-1) @ v).view(query.shape)
+        out.copy_(values.permute(0, 3, 1, 2, 4).reshape(out.shape))
 
 
 def _head_norm(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
