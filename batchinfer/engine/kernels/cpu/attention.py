@@ -18,7 +18,8 @@ BLOCK = 256  # keys a softmax block, as in attention.cpp
 class CpuPagedAttention(PagedAttention):
     """A cache is one tensor ``[pages, page_bytes]`` of bytes.
 
-    Results are the same bits whichever rows share the call and however many threads serve it.
+    Results are the same bits whichever rows share the call and however many threads serve it. An instance belongs to
+    one calling thread.
     """
 
     page_size = 16  # one AVX-512 vector of keys; small, so that little of a shared prefix is computed again
