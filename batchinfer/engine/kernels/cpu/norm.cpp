@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int64_t WORTH_A_THREAD = 1 << 15;  // elements; below, waking the other threads costs more than they save
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // elements; below, waking the other threads costs more than they save
 
 template <class T>
 void add_rms_norm_row(float* residual, const T* delta, const float* weight, float eps, T* out, int64_t hidden) {
