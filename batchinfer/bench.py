@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -146,8 +145,9 @@ def _best_seconds(work: Any, device: Any, budget: float = 0.1) -> float:
 
 
 def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    from batchinfer.data.report import peak_rss
+
+    return round(peak_rss() / 2**20, 1)
 
 
 # -- the pipeline ---------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
 from batchinfer.bench import workload
+from batchinfer.data.report import peak_rss
 
 MODEL = "smollm2-135m-instruct"
 STATIC_BATCH = 32
@@ -124,7 +124,7 @@ def main() -> None:
     tokens = sum(len(job.prompt_token_ids) + job.sampling.max_tokens for job in jobs)
     if options.only:
         seconds = CONTENDERS[options.only](options.requests, options.threads)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_rss() / 2**20
         print(json.dumps({"total_tok_s": tokens / seconds, "seconds": seconds, "peak_rss_mb": peak}))
         return
     results: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
