@@ -22,7 +22,7 @@ VOCABULARY = 32_000  # ids are drawn below this: lengths matter, the tokens do n
 
 
 def workload(requests: int = 256, seed: int = 7, *, vocabulary: int = VOCABULARY) -> list[Request]:
-    """Chat-like lengths for a small machine: prompts 16–512 tokens, median 96; outputs 8–256, median 64; EOS ignored."""
+    """Chat-like lengths for a small machine: prompts 16–512 tokens, median 96; outputs 8–256, median 64; no EOS."""
     rng = np.random.default_rng(seed)
 
     def lengths(median: int, sigma: float, low: int, high: int) -> np.ndarray:
@@ -30,7 +30,9 @@ def workload(requests: int = 256, seed: int = 7, *, vocabulary: int = VOCABULARY
 
     prompts, outputs = lengths(96, 0.9, 16, 512), lengths(64, 0.6, 8, 256)
     return [
-        Request(i, rng.integers(10, vocabulary, prompt).tolist(), SamplingParams(max_tokens=int(output), ignore_eos=True))
+        Request(
+            i, rng.integers(10, vocabulary, prompt).tolist(), SamplingParams(max_tokens=int(output), ignore_eos=True)
+        )
         for i, (prompt, output) in enumerate(zip(prompts, outputs))
     ]
 
@@ -120,9 +122,7 @@ def _floor_seconds(opened: Engine, jobs: list[Request]) -> float:
     read_bytes_a_second = source.numel() / _best_seconds(lambda: source.view(torch.int64).sum(), device)
     computed = sum(len(job.prompt_token_ids) + job.sampling.max_tokens - 1 for job in jobs)
     sampled = sum(job.sampling.max_tokens for job in jobs)
-    keys = sum(
-        job.sampling.max_tokens * (len(job.prompt_token_ids) + job.sampling.max_tokens / 2) for job in jobs
-    )
+    keys = sum(job.sampling.max_tokens * (len(job.prompt_token_ids) + job.sampling.max_tokens / 2) for job in jobs)
     kv_bytes = keys * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     return computed * body + sampled * head + kv_bytes / read_bytes_a_second
 
@@ -152,6 +152,21 @@ def _peak_rss_mb() -> float:
 
 # -- the pipeline ---------------------------------------------------------------------------------------------------
 
+WORDS = (
+    "a",
+    "the",
+    "river",
+    "market",
+    "quiet",
+    "letter",
+    "seven",
+    "winter",
+    "open",
+    "garden",
+    "where",
+    "engine",
+    "blue",
+)
 TEMPLATE = "Answer in one sentence: {{ text }}"
 
 
@@ -187,7 +202,7 @@ def make_rows(path: Path, rows: int, seed: int = 3) -> None:
     import pyarrow.parquet as pq
 
     rng = np.random.default_rng(seed)
-    words = np.array("a the river market quiet letter seven winter ask open garden where engine blue paper under".split())
+    words = np.array(WORDS)
     schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, rows, 65_536):

@@ -23,7 +23,9 @@ class NativeBackend:
     def open(cls, job: Job) -> NativeBackend:
         options = job.engine
         if options.tp * options.pp > 1:
-            raise JobError(f"engine.tp × engine.pp = {options.tp} × {options.pp}: this version runs one rank, set both to 1")
+            raise JobError(
+                f"engine.tp × engine.pp = {options.tp} × {options.pp}: this version runs one rank, set both to 1"
+            )
         engine = Engine(
             options.plan or job.model.path,
             threads=options.threads,

@@ -105,9 +105,7 @@ def choose_dtype(dtype: str, device: str) -> str:
     """bfloat16 where it is the device's fast path: any GPU of these years, a CPU with AVX512-BF16 or AMX."""
     if dtype != "auto":
         return dtype
-    fast = device == "cuda" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    fast = device == "cuda" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return "bfloat16" if fast else "float32"
 
 

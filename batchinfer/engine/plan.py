@@ -58,11 +58,15 @@ class EnginePlan:
         try:
             value = json.loads((path / "plan.json").read_text("utf-8"))
         except FileNotFoundError:
-            raise ModelError(f"{path} is no engine plan: no plan.json in it; make one with `batchinfer build`") from None
+            raise ModelError(
+                f"{path} is no engine plan: no plan.json in it; make one with `batchinfer build`"
+            ) from None
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path / 'plan.json'}: {error}") from None
         if value.get("format") != FORMAT:
-            raise ModelError(f"{path} has plan format {value.get('format')}, this version reads {FORMAT}: build it again")
+            raise ModelError(
+                f"{path} has plan format {value.get('format')}, this version reads {FORMAT}: build it again"
+            )
         plan = cls(
             path=path,
             model=value["model"],
@@ -102,7 +106,8 @@ class EnginePlan:
         here = device_name(self.device)
         if self.fingerprint["device"] != here:
             raise ModelError(
-                f"the plan {self.path} was built for {self.fingerprint['device']}, this machine has {here}: build it again"
+                f"the plan {self.path} was built for {self.fingerprint['device']}, this machine has {here}: "
+                "build it again"
             )
 
 

@@ -80,9 +80,7 @@ class Stage:
             max_query_len=int(np.diff(step.query_starts).max()),
             max_context_len=int(step.context_lens.max()),
         )
-        logits = self.decoder.forward(
-            self._tensor(step.token_ids), batch, self.caches, self._tensor(step.sampled)
-        )
+        logits = self.decoder.forward(self._tensor(step.token_ids), batch, self.caches, self._tensor(step.sampled))
         return self.kernels.sample(logits, step.sampling).cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
     python -m tests.bench.cpu_transformers [--requests 256] [--threads 2] [--rounds 3]
 
-Every contender runs in a process of its own, on the same token ids (``batchinfer.bench.workload``, EOS ignored, greedy,
-bfloat16), in turn. Tokens a second count prompt and wanted output tokens; loading is not counted. Static batching is run
-once, because it takes minutes; the others ``--rounds`` times, and the median is quoted.
+Every contender runs in a process of its own, on the same token ids (``batchinfer.bench.workload``, EOS ignored,
+greedy, bfloat16), in turn. Tokens a second count prompt and wanted output tokens; loading is not counted. Static
+batching is run once, because it takes minutes; the others ``--rounds`` times, and the median is quoted.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def generate(model, batch: list[list[int]], eos: int) -> list[list[int]]:
 def test_greedy_tokens_equal_transformers_for_64_sample_prompts(engine, reference, prompts):
     assert len(prompts) == PROMPTS
     (eos,) = engine.plan.eos_token_ids
-    ours = {c.key: list(c.outputs[0].token_ids) for c in engine.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS))}
+    ours = {
+        c.key: list(c.outputs[0].token_ids) for c in engine.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS))
+    }
     by_length = sorted(range(PROMPTS), key=lambda i: len(prompts[i]))
     for first in range(0, PROMPTS, 16):
         group = by_length[first : first + 16]

@@ -117,7 +117,9 @@ def test_text_prompts_are_tokenised_and_completions_decoded(engine):
 
 def test_a_built_plan_gives_the_same_tokens_and_is_found_again(model, tmp_path, engine, monkeypatch):
     monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "cache"))
-    plan = build(str(model), tmp_path / "plan", dtype="float32", device="cpu", batch_size=8, seq_len=256, progress=False)
+    plan = build(
+        str(model), tmp_path / "plan", dtype="float32", device="cpu", batch_size=8, seq_len=256, progress=False
+    )
     assert EnginePlan.load(tmp_path / "plan") == plan
     again = only(Engine(tmp_path / "plan").generate([ids(0)], SAMPLED))
     assert again.outputs == only(engine.generate([ids(0)], SAMPLED)).outputs

@@ -54,9 +54,7 @@ def test_a_page_pool_too_small_for_the_batch_changes_no_token(model):
     roomy = Engine(model, dtype="float32", device="cpu", batch_size=12, step_tokens=96, seq_len=256)
     wanted = {c.key: c.outputs[0].token_ids for c in roomy.generate(ids, GREEDY)}
     page_gib = roomy.stage.decoder.attention.page_bytes(roomy.plan.spec.num_layers) / 2**30
-    tight = Engine(
-        roomy.plan, kv_cache_gib=page_gib * (256 / roomy.stage.page_size + 2.5), prefix_sharing=False
-    )
+    tight = Engine(roomy.plan, kv_cache_gib=page_gib * (256 / roomy.stage.page_size + 2.5), prefix_sharing=False)
     tight.scheduler._used_share = 0.01  # admission that expects short outputs, so that it is wrong
     assert {c.key: c.outputs[0].token_ids for c in tight.generate(ids, GREEDY)} == wanted
     assert tight.scheduler.preemptions > 0

@@ -57,7 +57,9 @@ def layer_tensor_names(spec: DecoderSpec) -> list[str]:
     return [name for name in _LAYER_TENSORS if name not in absent]
 
 
-def convert(source: ModelSource, spec: DecoderSpec, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def convert(
+    source: ModelSource, spec: DecoderSpec, dtype: torch.dtype
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield the model group by group (``embed``, ``layer-000`` …, ``head``), each a dict of engine tensors.
 
     Matrices and biases come in ``dtype``; norm weights in float32. Only one group is held in memory at a time.
@@ -82,7 +84,8 @@ def convert(source: ModelSource, spec: DecoderSpec, dtype: torch.dtype) -> Itera
             stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
             if tuple(stacked.shape) != (expected := _shape(spec, name)):
                 raise ModelError(
-                    f"{source.name}: layer {layer} {name} has shape {list(stacked.shape)}, the config says {list(expected)}"
+                    f"{source.name}: layer {layer} {name} has shape {list(stacked.shape)}, "
+                    f"the config says {list(expected)}"
                 )
             group[name] = stacked.to(torch.float32 if "norm" in name else dtype).contiguous()
         yield f"layer-{layer:03d}", group
