@@ -9,7 +9,7 @@ from batchinfer import BatchInferError, Engine, Request, SamplingParams
 from batchinfer.engine.build import build
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.errors import ModelError
-from tests.engine.tiny import make_model
+from tests.engine.tiny import DEVICES, make_model
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
 
@@ -19,9 +19,9 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"), "llama")
 
 
-@pytest.fixture(scope="module")
-def engine(model):
-    return Engine(model, dtype="float32", device="cpu", batch_size=64, step_tokens=256, seq_len=256)
+@pytest.fixture(scope="module", params=DEVICES)
+def engine(model, request):
+    return Engine(model, dtype="float32", device=request.param, batch_size=64, step_tokens=256, seq_len=256)
 
 
 def ids(seed: int, length: int = 30) -> list[int]:
@@ -117,16 +117,15 @@ def test_text_prompts_are_tokenised_and_completions_decoded(engine):
 
 def test_a_built_plan_gives_the_same_tokens_and_is_found_again(model, tmp_path, engine, monkeypatch):
     monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "cache"))
-    plan = build(
-        str(model), tmp_path / "plan", dtype="float32", device="cpu", batch_size=8, seq_len=256, progress=False
-    )
+    options = dict(dtype="float32", device=engine.plan.device, seq_len=256, progress=False)
+    plan = build(str(model), tmp_path / "plan", **options)
     assert EnginePlan.load(tmp_path / "plan") == plan
     again = only(Engine(tmp_path / "plan").generate([ids(0)], SAMPLED))
     assert again.outputs == only(engine.generate([ids(0)], SAMPLED)).outputs
-    cached = build(str(model), dtype="float32", progress=False)
+    cached = build(str(model), **options)
     assert cached.path.parent == tmp_path / "cache" / "engines"
     stamp = (cached.path / "plan.json").stat().st_mtime_ns
-    assert (build(str(model), dtype="float32", progress=False).path / "plan.json").stat().st_mtime_ns == stamp
+    assert (build(str(model), **options).path / "plan.json").stat().st_mtime_ns == stamp
 
 
 def test_equal_builds_are_equal_byte_for_byte(model, tmp_path):

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchinfer import Engine, SamplingParams
-from tests.engine.tiny import EOS, VARIANTS, make_model
+from tests.engine.tiny import DEVICES, EOS, VARIANTS, make_model
 
 GREEDY = SamplingParams(max_tokens=40)
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
 @pytest.fixture(scope="module", params=sorted(VARIANTS))
@@ -38,8 +40,8 @@ def expected(model, token_ids: list[int], max_tokens: int) -> list[int]:
     return out[0, len(token_ids) :].tolist()
 
 
-def test_greedy_tokens_equal_transformers_token_for_token(model):
-    engine = Engine(model, dtype="float32", device="cpu", batch_size=7, step_tokens=64)
+def test_greedy_tokens_equal_transformers_token_for_token(model, device):
+    engine = Engine(model, dtype="float32", device=device, batch_size=7, step_tokens=64)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = prompts()
     got = {c.key: list(c.outputs[0].token_ids) for c in engine.generate(ids, GREEDY)}
@@ -48,10 +50,10 @@ def test_greedy_tokens_equal_transformers_token_for_token(model):
     assert engine.counters.steps > 1
 
 
-def test_a_page_pool_too_small_for_the_batch_changes_no_token(model):
+def test_a_page_pool_too_small_for_the_batch_changes_no_token(model, device):
     """Rows are preempted and computed again; the tokens stay."""
     ids = prompts()
-    roomy = Engine(model, dtype="float32", device="cpu", batch_size=12, step_tokens=96, seq_len=256)
+    roomy = Engine(model, dtype="float32", device=device, batch_size=12, step_tokens=96, seq_len=256)
     wanted = {c.key: c.outputs[0].token_ids for c in roomy.generate(ids, GREEDY)}
     page_gib = roomy.stage.decoder.attention.page_bytes(roomy.plan.spec.num_layers) / 2**30
     tight = Engine(roomy.plan, kv_cache_gib=page_gib * (256 / roomy.stage.page_size + 2.5), prefix_sharing=False)

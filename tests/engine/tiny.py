@@ -11,6 +11,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 VOCAB = 320
 EOS = 257
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 _BASE = dict(
     vocab_size=VOCAB,
