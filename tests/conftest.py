@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 DEMO_MODEL = "smollm2-135m-instruct"
 
@@ -13,6 +14,11 @@ for _name in [name for name in os.environ if name.startswith("BATCHINFER_")]:
     del os.environ[_name]
 # Kept between test runs: what is cached there is found by content, so it cannot be stale.
 os.environ["BATCHINFER_CACHE"] = str(Path(__file__).parents[1] / "build" / "test-cache")
+
+# In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,11 @@ def test_template_and_system_make_the_same_chat_as_messages(demo, demo_tokenizer
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5))
 def test_raw_prompts_equal_plain_tokenization(demo, demo_tokenizer_dir, texts):
     results = render(renderer(demo_tokenizer_dir, template="{{ t }}", chat="off"), {"t": texts})
-    assert [ids(r) for r in results] == [demo.encode(text) for text in texts]
+    for result, text in zip(results, texts):
+        if expected := demo.encode(text):
+            assert ids(result) == expected
+        else:  # the demo model's vocabulary lacks some control characters
+            assert "makes no token" in error(result)
 
 
 def test_bos_is_added_to_raw_prompts_and_left_to_the_chat_template(unigram):
