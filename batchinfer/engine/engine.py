@@ -18,6 +18,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence
 from batchinfer.engine.stage import Stage
 from batchinfer.engine.text import Text
+from batchinfer.errors import EngineError
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
 
@@ -81,11 +82,10 @@ class Engine:
         self.plan = open_plan(model, **build_options)
         self.stage = Stage(self.plan, kv_cache_gib)
         self.text = Text(self.plan.tokenizer_dir)
-        self.pages = PagePool(self.stage.num_pages)
-        self.scheduler = Scheduler(
-            self.plan.profile, self.pages, self.stage.page_size, self.plan.eos_token_ids, prefix_sharing
-        )
+        self.prefix_sharing = prefix_sharing
         self.counters = Counters()
+        self._generating = False
+        self._forget()
 
     def generate(
         self,
@@ -97,9 +97,15 @@ class Engine:
         Args:
             prompts: Requests, or strings or token ids that ``sampling`` applies to, with their index as key. ``None``
                 means that nothing is ready yet: the engine goes on with what it has.
+
+        Raises:
+            EngineError: another iterator of this engine is under way.
         """
+        if self._generating:
+            raise EngineError("this engine is generating already: finish or close() the other iterator first")
         source = enumerate(prompts)
         exhausted = False
+        self._generating = True
         try:
             while True:
                 while not exhausted and self._has_room():
@@ -111,15 +117,29 @@ class Engine:
                     if prompt is None:
                         break
                     request = prompt if isinstance(prompt, Request) else self._request(index, prompt, sampling)
-                    if (refused := self._refuse(request)) is not None:
-                        yield refused
+                    token_ids = np.asarray(request.prompt_token_ids)
+                    if (error := self._objection(token_ids)) is not None:
+                        yield Completion(request.key, prompt_tokens=len(token_ids), error=error)
                     else:
-                        self._add(request)
+                        self._add(request, token_ids.astype(np.int32))
                 yield from self._step()
                 if exhausted and not self.scheduler.waiting and not self.scheduler.num_running:
                     return
-        finally:  # also when the caller stops listening
+        except GeneratorExit:  # the caller stops listening, between two steps
             self.scheduler.drop_all()
+            raise
+        except BaseException:  # inside a step: pages may be published that it never came to compute
+            self._forget()
+            raise
+        finally:
+            self._generating = False
+
+    def _forget(self) -> None:
+        """Begin with an empty page pool and nothing to do."""
+        self.pages = PagePool(self.stage.num_pages)
+        self.scheduler = Scheduler(
+            self.plan.profile, self.pages, self.stage.page_size, self.plan.eos_token_ids, self.prefix_sharing
+        )
 
     # -- intake ---------------------------------------------------------------------------------------------------
 
@@ -131,21 +151,24 @@ class Engine:
     def _request(self, index: int, prompt: str | list[int], sampling: SamplingParams) -> Request:
         return Request(index, self.text.encode(prompt) if isinstance(prompt, str) else prompt, sampling)
 
-    def _refuse(self, request: Request) -> Completion | None:
-        """A completion with an error, when the request cannot be served at all."""
-        length, longest = len(request.prompt_token_ids), self.plan.profile.seq_len
-        if 0 < length < longest:
-            return None
-        error = (
-            "the prompt is empty: expected at least one token"
-            if length == 0
-            else f"the prompt has {length} tokens, the engine's profile takes at most {longest - 1}: "
-            "raise engine.profile.seq_len or shorten it"
-        )
-        return Completion(request.key, prompt_tokens=length, error=error)
+    def _objection(self, token_ids: np.ndarray) -> str | None:
+        """Why a prompt cannot be served at all; None when it can."""
+        longest, vocabulary = self.plan.profile.seq_len, self.plan.spec.vocab_size
+        if not token_ids.size:
+            return "the prompt is empty: expected at least one token"
+        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+            return f"the prompt must be a flat list of token ids, got {token_ids.dtype} of shape {token_ids.shape}"
+        if len(token_ids) >= longest:
+            return (
+                f"the prompt has {len(token_ids)} tokens, the engine's profile takes at most {longest - 1}: "
+                "raise engine.profile.seq_len or shorten it"
+            )
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= vocabulary:
+            return f"the prompt has token id {low if low < 0 else high}, the model knows 0 to {vocabulary - 1}"
+        return None
 
-    def _add(self, request: Request) -> None:
-        prompt = np.asarray(request.prompt_token_ids, np.int32)
+    def _add(self, request: Request, prompt: np.ndarray) -> None:
         sampling = request.sampling
         entry = _Entry(request, unfinished=sampling.n)
         for index in range(sampling.n):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from batchinfer import BatchInferError, Engine, Request, SamplingParams
 from batchinfer.engine.build import build
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.errors import ModelError
+from batchinfer.errors import EngineError, ModelError
 from tests.engine.tiny import DEVICES, make_model
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
@@ -107,6 +109,45 @@ def test_an_engine_left_in_the_middle_can_be_used_again(engine):
         break
     assert engine.pages.held == 0
     assert len(list(engine.generate([ids(i) for i in range(5)], SAMPLED))) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1, 2, 400], "token id 400, the model knows 0 to 319"),
+        ([1, -2], "token id -2"),
+        ([1, 2**40], f"token id {2**40}"),
+        ([1.5, 2.5], "flat list of token ids, got float64"),
+        (np.zeros((2, 3), int), r"shape \(2, 3\)"),
+    ],
+)
+def test_a_prompt_of_impossible_token_ids_is_an_error_of_its_own(engine, prompt, message):
+    bad, good = sorted(engine.generate([prompt, np.array(ids(1))], SAMPLED), key=lambda c: c.key)
+    assert re.search(message, bad.error)
+    assert good.outputs == only(engine.generate([ids(1)], SAMPLED)).outputs
+
+
+def test_an_engine_interrupted_within_a_step_finds_no_page_that_was_never_computed(model, engine, monkeypatch):
+    prompt = ids(77, 100)
+    expected = only(engine.generate([prompt], SAMPLED)).outputs
+    other = Engine(engine.plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(other.stage, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(other.generate([prompt], SAMPLED))
+    assert other.pages.held == 0
+    for cache in other.stage.caches:
+        cache.zero_()
+    assert only(other.generate([prompt], SAMPLED)).outputs == expected
+
+
+def test_two_iterators_at_a_time_are_refused(engine):
+    first = engine.generate([ids(1), ids(2)], SAMPLED)
+    next(first)
+    with pytest.raises(EngineError, match="close"):
+        next(engine.generate([ids(3)], SAMPLED))
+    assert len(list(first)) == 1
+    assert len(list(engine.generate([ids(3)], SAMPLED))) == 1
 
 
 def test_text_prompts_are_tokenised_and_completions_decoded(engine):
