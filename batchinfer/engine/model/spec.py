@@ -79,6 +79,11 @@ class DecoderSpec:
             raise ModelError(f"model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ModelError(f"{family} with hidden_act {activation!r} is not supported; expected 'silu'")
+        if quantization := config.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown")
+            raise ModelError(
+                f"the checkpoint is quantised ({method}), which is not supported; take the unquantised one"
+            )
         heads = config["num_attention_heads"]
         base = cls(
             family=family,
@@ -94,6 +99,11 @@ class DecoderSpec:
             tied_head=config.get("tie_word_embeddings", False),
             rope=_rope(config),
         )
+        if base.num_heads % base.num_kv_heads or base.head_dim % 2:
+            raise ModelError(
+                f"{base.num_heads} attention heads of {base.head_dim} over {base.num_kv_heads} KV heads: not supported; "
+                "expected a whole number of heads for each KV head, and an even head_dim"
+            )
         return FAMILIES[family](base, config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +131,8 @@ class DecoderSpec:
 def _rope(config: dict[str, Any]) -> RopeSpec:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise ModelError("rotary embeddings that differ between layers are not supported; expected one for all")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ModelError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
@@ -155,10 +167,15 @@ def _qwen3(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
 
 
 def _qwen_window(base: DecoderSpec, config: dict[str, Any]) -> int | None:
-    """Qwen slides the window only where told to, and only above ``max_window_layers``."""
-    if not config.get("use_sliding_window") or config.get("max_window_layers", 0) >= base.num_layers:
+    """Qwen slides the window only where told to: by ``layer_types``, else on layers from ``max_window_layers`` on."""
+    if not config.get("use_sliding_window"):
         return None
-    if config.get("max_window_layers", 0) > 0:
+    slides = range(config.get("max_window_layers", 28), base.num_layers)
+    by_number = ("sliding_attention" if layer in slides else "full_attention" for layer in range(base.num_layers))
+    kinds = set(config.get("layer_types") or by_number)
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
         raise ModelError("a sliding window on some layers only is not supported; set use_sliding_window to false")
     return config.get("sliding_window")
 

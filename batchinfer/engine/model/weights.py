@@ -149,8 +149,15 @@ class GgufTensors:
         self._spec = spec
         self._source = source
         reader = GGUFReader(source.gguf)
-        self._interleaved = reader.get_field("general.architecture").contents() == "llama"
+        architecture = reader.get_field("general.architecture").contents()
+        self._interleaved = architecture == "llama"
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # transformers reads neither of them into the config.
+        scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+        if "rope_freqs.weight" in self._tensors or (scaling and scaling.contents() != "none"):
+            raise ModelError(
+                f"{source.gguf}: rope scaling in a GGUF file is not supported; use the Hugging Face folder"
+            )
 
     def get(self, name: str) -> torch.Tensor:
         from gguf.quants import dequantize
