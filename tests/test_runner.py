@@ -340,6 +340,23 @@ def test_an_engine_that_dies_keeps_what_it_finished(tmp_path):
     assert again.run.rows == 200 and read_output(tmp_path)["id"].to_pylist() == list(range(300))
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize("template", ["Say {{ text }}", "Say nothing of the row"])
+def test_rows_with_gaps_between_them_are_taken_up_again_whatever_their_columns_are(tmp_path, kind, template):
+    class Dying(EchoBackend):
+        def generate(self, requests):
+            yield from (c for i, c in enumerate(super().generate(requests)) if i % 3 == 0)
+            raise EngineError("out of memory")
+
+    write(tmp_path / "in.parquet", pa.table({"text": pa.array([f"row {i}" for i in range(100)]).cast(kind)}))
+    job = echo_job(tmp_path, prompt__template=template)
+    with pytest.raises(EngineError, match="out of memory"):
+        run_echo(job, Dying)
+    assert run_echo(job).run.rows == 66
+    out = read_output(tmp_path)
+    assert out["error"].null_count == out.num_rows == 100
+
+
 def test_an_engine_that_forgets_rows_or_answers_twice_is_found_out(tmp_path):
     class Forgetful(EchoBackend):
         def generate(self, requests):

@@ -127,9 +127,7 @@ class Feed(Worker):
     def _render(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> list[Request | Completion]:
         keys = [(unit.index, row) for row in rows]
         seeds = [row_seed(self._job_seed, unit.file, unit.first_row + row) for row in rows]
-        contiguous = rows[-1] - rows[0] + 1 == len(rows)
-        table = prompts.slice(rows[0], len(rows)) if contiguous else prompts.take(pa.array(rows, pa.int64()))
-        return self._renderer.render(table, keys, seeds)
+        return self._renderer.render(_rows(prompts, rows), keys, seeds)
 
     def _pass_on(self, rendering: Future[list[Request | Completion]]) -> None:
         with self.timed("feed.render"):
@@ -144,3 +142,10 @@ class Feed(Worker):
         if requests:
             with self.timed("feed.wait"):
                 self._channel.put(requests, tokens)
+
+
+def _rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Some rows of a table, ascending. Cut and joined, as ``take`` does not know every type (string_view)."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return table.slice(rows[0], len(rows))
+    return pa.concat_tables([table.slice(row, 1) for row in rows])

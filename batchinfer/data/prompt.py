@@ -62,9 +62,9 @@ class PromptRenderer:
         Several threads may render at once.
         """
         cells = {name: to_values(name, rows.column(name)) for name in self.columns}
-        results: list[Any] = [None] * rows.num_rows
+        results: list[Any] = [None] * len(keys)  # a table without columns may have lost count
         texts: dict[int, str] = {}
-        for i, row in enumerate(_by_row(cells, self._source.columns, rows.num_rows)):
+        for i, row in enumerate(_by_row(cells, self._source.columns, len(keys))):
             try:
                 texts[i] = self._bounded(self._text(row))
             except RowError as error:
