@@ -224,8 +224,11 @@ class Engine:
     def _output(self, sequence: Sequence) -> Output:
         token_ids = sequence.completion_ids.tolist()
         sampling = sequence.sampling
+        silent = (
+            sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *self.plan.eos_token_ids)
+        )
         said = token_ids
-        if sequence.finish_reason == "stop" and token_ids[-1] in sampling.stop_token_ids:
+        if sequence.finish_reason == "stop" and token_ids[-1] in silent:
             said = token_ids[:-1]
         return Output(self.text.decode(said, sampling.stop), token_ids, sequence.finish_reason)
 

@@ -19,6 +19,11 @@ class Text:
             self._tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
         except Exception as error:  # the Rust library raises bare Exception
             raise ModelError(f"cannot read {tokenizer_dir / 'tokenizer.json'}: {error}") from None
+        # Left in some files by whoever trained with them.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._control = {token.content: token_id for token_id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text whose control tokens are meant as such. Rows of data go through PromptRenderer instead."""
@@ -31,7 +36,10 @@ class Text:
         return text[: min(ends)] if ends else text
 
     def stop_check(self, stop: Sequence[str], stop_token_ids: Sequence[int]) -> StopCheck | None:
-        return StopCheck(self._tokenizer, stop, stop_token_ids) if stop or stop_token_ids else None
+        """The check for a request, None where it asks for no stops. A control token among the strings is that token."""
+        control = [self._control[string] for string in stop if string in self._control]
+        spelled = [string for string in stop if string not in self._control]
+        return StopCheck(self._tokenizer, spelled, [*stop_token_ids, *control]) if stop or stop_token_ids else None
 
 
 class StopCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from batchinfer import BatchInferError, Engine, Request, SamplingParams
 from batchinfer.engine.build import build
 from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
-from tests.engine.tiny import DEVICES, make_model
+from tests.engine.tiny import DEVICES, make_model, make_tokenizer
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
 
@@ -75,6 +77,31 @@ def test_a_stop_token_ends_a_completion_and_is_not_in_its_text(engine):
     stopped = only(engine.generate([ids(4)], params)).outputs[0]
     assert (stopped.finish_reason, stopped.token_ids) == ("stop", free.token_ids[: cut + 1])
     assert stopped.text == engine.text.decode(free.token_ids[:cut])
+
+
+def test_a_control_token_may_be_named_as_a_stop_string(engine):
+    check = engine.text.stop_check(("</s>",), ())
+    assert check(np.array([65, 66, 257]))
+    assert not check(np.array(engine.text.encode("/s>")))
+
+
+def test_an_end_of_sequence_token_is_not_in_the_text_whatever_the_tokenizer_thinks_of_it(engine):
+    free = only(engine.generate([ids(4)], SamplingParams(max_tokens=30, ignore_eos=True))).outputs[0]
+    token = free.token_ids[6]
+    cut = free.token_ids.index(token)
+    plan = dataclasses.replace(engine.plan, eos_token_ids=(token,))
+    ended = only(Engine(plan).generate([ids(4)], SamplingParams(max_tokens=30))).outputs[0]
+    assert (ended.finish_reason, ended.token_ids) == ("stop", free.token_ids[: cut + 1])
+    assert ended.text == engine.text.decode(free.token_ids[:cut])
+
+
+def test_truncation_and_padding_left_in_a_tokenizer_file_do_nothing(tmp_path):
+    tokenizer = make_tokenizer().backend_tokenizer
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(tmp_path)
+    assert len(text.encode("hello world")) == 11 and len(text.encode("h")) == 1
 
 
 def test_requests_are_pulled_only_when_there_is_room_and_none_means_go_on(model):

@@ -101,7 +101,7 @@ class DecoderSpec:
         )
         if base.num_heads % base.num_kv_heads or base.head_dim % 2:
             raise ModelError(
-                f"{base.num_heads} attention heads of {base.head_dim} over {base.num_kv_heads} KV heads: not supported; "
+                f"{base.num_heads} attention heads of {base.head_dim} over {base.num_kv_heads} KV heads: unsupported; "
                 "expected a whole number of heads for each KV head, and an even head_dim"
             )
         return FAMILIES[family](base, config)
