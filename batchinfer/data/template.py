@@ -35,10 +35,10 @@ class RowTemplate:
         environment.finalize = _refuse_null
         try:
             tree = environment.parse(source)
+            self.columns = _columns(tree, environment)
+            self._rendered = _compiled(environment, _respelled(tree, spell), {})
         except TemplateSyntaxError as error:
             raise JobError(f"{key} is not a valid jinja2 template: {error.message} (its line {error.lineno})") from None
-        self.columns = tuple(sorted(meta.find_undeclared_variables(tree) - environment.globals.keys()))
-        self._rendered = _compiled(environment, _respelled(tree, spell), {})
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Raises jinja2.TemplateError, or whatever the template's own operations raise."""
@@ -53,14 +53,14 @@ class ChatTemplate:
     def __init__(self, tokenizer: PromptTokenizer):
         assert tokenizer.chat_template is not None
         environment = _environment(Undefined)
+        # tools and documents: templates ask whether they are none
+        known = {**tokenizer.variables, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             tree = _respelled(environment.parse(tokenizer.chat_template), tokenizer.spell)
+            self._rendered = _compiled(environment, tree, known)
         except TemplateSyntaxError as error:
             where = f"line {error.lineno} of the model's chat template"
             raise ModelError(f"{where} is not valid jinja2: {error.message}") from None
-        # tools and documents: templates ask whether they are none
-        known = {**tokenizer.variables, "tools": None, "documents": None, "add_generation_prompt": True}
-        self._rendered = _compiled(environment, tree, known)
         assembled = self._assembled(tokenizer.specials)
         self._guard = _Guard(assembled) if assembled else None
 
@@ -148,6 +148,16 @@ def _refuse_null(value: Any) -> Any:
     if value is None:
         raise TemplateError("a null inside a nested value would become text")
     return value
+
+
+def _columns(tree: nodes.Template, environment: ImmutableSandboxedEnvironment) -> tuple[str, ...]:
+    """What a template wants to be told. ``range(3)`` is jinja2's function; ``{{ range }}`` is a column of that name."""
+    functions, environment.globals = environment.globals, {}  # else jinja2 passes their names over
+    wanted = meta.find_undeclared_variables(tree)
+    environment.globals = functions
+    called = {id(call.node) for call in tree.find_all(nodes.Call)}
+    read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load" and id(name) not in called}
+    return tuple(sorted(name for name in wanted if name not in functions or name in read))
 
 
 def _respelled(tree: nodes.Template, spell: Spell) -> nodes.Template:

@@ -337,6 +337,12 @@ def test_columns_are_what_templates_and_sampling_use(unigram):
     assert made.columns == ("a", "b", "s")
 
 
+def test_a_column_may_have_the_name_of_a_template_function(unigram):
+    made = renderer(unigram, template="{{ range }}{% for i in dict(a=1) %}{% endfor %}")
+    assert made.columns == ("range",)
+    assert ids(render(made, {"range": ["ab"]})[0]) == ids(render(renderer(unigram, template="ab"), {"x": [1]})[0])
+
+
 @pytest.mark.parametrize(
     "section", [{"messages": "m"}, {"template": "x", "system": "y"}, {"template": "x", "chat": "on"}]
 )
@@ -348,6 +354,8 @@ def test_chat_needs_a_chat_template(unigram, section):
 def test_a_broken_template_is_an_error_of_the_job(unigram):
     with pytest.raises(JobError, match=r"prompt.template is not a valid jinja2 template: .*line 2"):
         renderer(unigram, template="a\n{{ b")
+    with pytest.raises(JobError, match=r"prompt.template is not a valid jinja2 template: No filter named 'upppr'"):
+        renderer(unigram, template="{{ a | upppr }}")
 
 
 def test_a_folder_without_tokenizer_is_an_error_of_the_model(tmp_path):
