@@ -130,7 +130,7 @@ INLINE void weights_of(float* scores, int count, Span visible, float scale, Oper
     *total = sum(sums);
 }
 
-INLINE vf merged(vf old, float keep, vf fresh, float add) { return old * keep + fresh * add; }
+INLINE vf merged(vf old, float keep, vf fresh, float add) { return fused(old, all(keep), fresh * add); }
 
 template <class T, int R, int N>
 INLINE void add_values(const Keys& keys, int count, const Operand<T>* weights, int column, int dim_pad,
@@ -173,7 +173,7 @@ INLINE void rebase(float* top, float* total, float fresh_top, float fresh_total,
     *keep = exp2<6>(all(*top - reference))[0];
     *add = exp2<6>(all(fresh_top - reference))[0];
     *top = highest;
-    *total = *total * *keep + fresh_total * *add;
+    *total = fused(all(*total), all(*keep), all(fresh_total * *add))[0];
 }
 
 template <class T>
