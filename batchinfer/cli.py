@@ -269,16 +269,17 @@ def _first_completions(job: Job, summary: Summary, count: int = 5) -> str:
     """The first rows with what they were asked and what came back, cut to one line a row."""
     import polars as pl
 
+    from batchinfer.data.columns import to_values
     from batchinfer.data.prompt import prompt_columns
     from batchinfer.data.report import first_rows
 
     table = first_rows(summary.output, count)
-    asked = dict.fromkeys(name for name in (job.input.id_column, *prompt_columns(job.prompt)) if name)
+    asked = [name for name in (job.input.id_column, *prompt_columns(job.prompt)) if name]
     given = [job.output.prefix + name for name in ("completion", "finish_reason", "error")]
-    frame = pl.from_arrow(table.select([name for name in (*asked, *given) if name in table.column_names]))
-    assert isinstance(frame, pl.DataFrame)
-    if given[2] in frame.columns and frame[given[2]].is_null().all():
-        frame = frame.drop(given[2])
+    names = [name for name in dict.fromkeys((*asked, *given)) if name in table.column_names]
+    cells = {name: [_one_line(value) for value in to_values(name, table[name])] for name in names}
+    if not any(cells.get(given[2], ())):
+        cells.pop(given[2], None)
     with pl.Config(
         tbl_hide_column_data_types=True,
         tbl_hide_dataframe_shape=True,
@@ -287,7 +288,17 @@ def _first_completions(job: Job, summary: Summary, count: int = 5) -> str:
         fmt_str_lengths=160,
         tbl_width_chars=110,
     ):
-        return str(frame.with_columns(pl.col(pl.String).str.strip_chars().str.replace_all(r"\s+", " ")))
+        return str(pl.DataFrame(cells, dict.fromkeys(cells, pl.String)))
+
+
+def _one_line(value: Any) -> str | None:
+    """A cell for a table. As text, since polars knows neither every type nor broken UTF-8."""
+    from batchinfer.data.columns import RowError
+
+    try:
+        return None if value is None else " ".join(str(value).split())
+    except RowError as error:
+        return str(error)
 
 
 def _say(message: str) -> None:

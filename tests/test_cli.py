@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import decimal
 import json
 import subprocess
 import sys
@@ -68,6 +69,16 @@ def test_run_ends_with_a_table_and_a_summary_line(demo_tokenizer_dir):
     assert any("Two birds." in line for line in table)
     assert last.startswith("3 rows (1 failed)") and "tok/s" in last and last.endswith("out")
     assert pq.read_table("out").num_rows == 3
+
+
+def test_the_table_shows_cells_that_polars_cannot_and_a_column_once(demo_tokenizer_dir):
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    huge = pa.array([decimal.Decimal("1.5")], pa.decimal256(50, 2))
+    pq.write_table(pa.table({"text": broken, "huge": huge, "error": ["none"]}), "prompts.parquet")
+    words = ("--template", "{{ huge }} {{ text }} {{ error }}", "--set", 'output.columns=["text", "huge"]')
+    result = invoke("run", "job.toml", "--set", "limits.max_failed_fraction=1", *words)
+    assert result.exit_code == 0, result.output
+    assert "1.50" in result.stdout and "is not valid UTF-8" in result.stdout and "1 rows (1 failed)" in result.stdout
 
 
 def test_a_second_run_says_that_the_job_is_complete(demo_tokenizer_dir):
