@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from batchinfer.errors import OutputError
+
 
 def cache_root() -> Path:
     """``$BATCHINFER_CACHE``, else ``$XDG_CACHE_HOME/batchinfer``, else ``~/.cache/batchinfer``."""
@@ -24,9 +26,15 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
 
     An interrupted ``fill`` leaves no ``target``; of two processes that race, the first wins and the other's work is
     thrown away.
+
+    Raises: OutputError if nothing can be written there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        hint = "; BATCHINFER_CACHE names another folder" if cache_root() in target.parents else ""
+        raise OutputError(f"cannot write {target.parent}: {error.strerror}{hint}") from None
     try:
         fill(scratch)
         scratch.chmod(0o755)

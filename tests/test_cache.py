@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from batchinfer.cache import make_folder
+from batchinfer.errors import OutputError
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    def fail(folder):
+        (folder / "half").touch()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError):
+        make_folder(tmp_path / "made", fail)
+    assert list(tmp_path.iterdir()) == []
+    assert make_folder(tmp_path / "made", lambda folder: (folder / "file").touch()) == tmp_path / "made"
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="file/engines: Not a directory; BATCHINFER_CACHE names another folder"):
+        make_folder(tmp_path / "file" / "engines" / "one", lambda folder: None)
+    with pytest.raises(OutputError, match="file: File exists$"):
+        make_folder(tmp_path / "file" / "one", lambda folder: None)
