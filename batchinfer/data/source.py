@@ -151,13 +151,22 @@ def _find(paths: Sequence[str], output: str | None) -> dict[str, str]:
         raise InputError("input.path names nothing but this job's own output; name a Parquet file, a glob or a folder")
     root = os.path.commonpath(roots)
     names = {Path(path).relative_to(root).as_posix(): path for path in found}
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the name of the input file {name!r} is not valid UTF-8; rename it") from None
     return dict(sorted(names.items(), key=lambda item: item[0].split("/")))
 
 
 def _walk(folder: str) -> list[str]:
     """Parquet files below ``folder``; what starts with ``.`` or ``_`` is somebody's bookkeeping and is passed over."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot look into the input folder {error.filename}: {error.strerror}")
+
     files = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] not in "._"]
         wanted = (name for name in names if name[0] not in "._" and name.lower().endswith(SUFFIXES))
         files += [os.path.join(parent, name) for name in wanted]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -155,6 +156,21 @@ def test_what_is_not_parquet_is_named(tmp_path, how):
 def test_a_path_that_leads_nowhere_is_named(tmp_path, given, said):
     with pytest.raises(InputError, match=said):
         Source([str(tmp_path / given)])
+
+
+def test_a_name_that_is_not_utf8_and_a_folder_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    write(tmp_path / "closed" / "x.parquet", texts(1)).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.parquet"))
+    with pytest.raises(InputError, match=r"'\\udcff.parquet' is not valid UTF-8"):
+        Source([str(tmp_path)])
+
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="cannot look into the input folder .*closed: Permission denied"):
+        Source([str(tmp_path)])
 
 
 def test_no_columns_and_columns_of_one_name_are_refused(tmp_path):
