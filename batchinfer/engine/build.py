@@ -94,6 +94,12 @@ def build(
 
 
 def choose_device(device: str) -> str:
+    """
+    Raises:
+        ModelError: there is no such device, here or at all.
+    """
+    if device not in ("auto", *_DEFAULTS):
+        raise ModelError(f"engine.device must be auto, {', '.join(_DEFAULTS)}, got {device!r}")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -102,7 +108,13 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str) -> str:
-    """bfloat16 where it is the device's fast path: any GPU of these years, a CPU with AVX512-BF16 or AMX."""
+    """bfloat16 where it is the device's fast path: any GPU of these years, a CPU with AVX512-BF16 or AMX.
+
+    Raises:
+        ModelError: the engine does not compute in ``dtype``.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ModelError(f"engine.dtype must be auto, float32 or bfloat16, got {dtype!r}")
     if dtype != "auto":
         return dtype
     fast = device == "cuda" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -119,6 +131,9 @@ def _read_config(
         raise ModelError(f"the config of {source.name} in {source.folder} has no {error}") from None
     eos = config.get("eos_token_id")
     eos_token_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    for name, limit in {"batch_size": batch_size, "step_tokens": step_tokens, "seq_len": seq_len}.items():
+        if limit < 0:
+            raise ModelError(f"engine.profile.{name} must be 0 (a default) or more, got {limit}")
     if seq_len > spec.max_position:
         raise ModelError(f"seq_len {seq_len} is more than the {spec.max_position} positions that {source.name} knows")
     default_batch, default_tokens = _DEFAULTS[device]

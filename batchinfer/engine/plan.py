@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from batchinfer.cache import digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.errors import ModelError
 
@@ -129,6 +130,8 @@ def describe(plan: EnginePlan) -> dict[str, Any]:
     """The part of a plan that decides tokens: a resumed run must find it unchanged."""
     return {
         "engine": "native",
+        "decoder": digest(plan.spec.to_dict()),
+        "eos_token_ids": list(plan.eos_token_ids),
         "weights": plan.fingerprint["weights"],
         "tokenizer": plan.fingerprint["tokenizer"],
         "dtype": plan.dtype,

@@ -10,7 +10,7 @@ import pytest
 
 from batchinfer import BatchInferError, Engine, Request, SamplingParams
 from batchinfer.engine.build import build
-from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.plan import EnginePlan, describe
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
 from tests.engine.tiny import DEVICES, make_model, make_tokenizer
@@ -249,6 +249,31 @@ def test_a_model_that_cannot_be_used_gives_one_clear_error(tmp_path, how, messag
     with pytest.raises(ModelError, match=message):
         build(str(folder), tmp_path / "plan", progress=False)
     assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"device": "gpu"}, "engine.device must be auto, cpu, cuda, got 'gpu'"),
+        ({"dtype": "int8"}, "engine.dtype must be auto, float32 or bfloat16, got 'int8'"),
+        ({"batch_size": -1}, "batch_size must be 0 .* got -1"),
+        ({"seq_len": 100_000}, "more than the 512 positions"),
+    ],
+)
+def test_an_impossible_option_is_named(model, option, message):
+    with pytest.raises(ModelError, match=message):
+        Engine(model, **option)
+
+
+def test_what_decides_tokens_is_described(engine):
+    plan = engine.plan
+    changed = [
+        dataclasses.replace(plan, eos_token_ids=(1, 2)),
+        dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, rms_norm_eps=1e-3)),
+        dataclasses.replace(plan, dtype="bfloat16"),
+    ]
+    assert all(describe(other) != describe(plan) for other in changed)
+    assert describe(dataclasses.replace(plan, path=plan.path / "moved")) == describe(plan)
 
 
 def test_a_plan_of_another_device_is_refused_naming_both(model, tmp_path):
