@@ -23,5 +23,6 @@ def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, mon
     monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="file/engines: Not a directory; BATCHINFER_CACHE names another folder"):
         make_folder(tmp_path / "file" / "engines" / "one", lambda folder: None)
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "cache"))
     with pytest.raises(OutputError, match="file: File exists$"):
         make_folder(tmp_path / "file" / "one", lambda folder: None)
