@@ -181,8 +181,8 @@ class Journal(Worker):
         closing = False
         while not closing:
             self._wake.wait(self._sync_seconds)
+            self._wake.clear()  # before the flag is read: who sets it then wakes the next wait
             closing = self._closing
-            self._wake.clear()
             if group := [self._finished.popleft() for _ in range(len(self._finished))]:
                 self._record(group)
                 if not closing and not self._closing:

@@ -109,7 +109,7 @@ class Ledger:
             operational: kept for later runs to look at; may change.
 
         Raises:
-            DriftError: ``semantic`` or an input file differs from what the output was begun with.
+            DriftError: ``semantic`` differs from what the output was begun with.
         """
         semantic = json.loads(json.dumps(semantic, default=list))
         if self.identity is not None:
@@ -286,11 +286,12 @@ class Ledger:
             name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if lives(self.store, name)
         }
         staged = self.store.list("staged")
-        self.store.remove(f"staged/{name}" for name in staged if name.split(".")[1] not in alive)
+        self.store.remove(f"staged/{name}" for name in staged if name.rpartition(".")[2] not in alive)
         for folder in (".", "commits", "leases"):
             temporary = self.store.list(folder, ".tmp")
             self.store.remove(f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
-        self.store.remove(f"wal/{name}" for name in self.store.list("wal") if int(name.split(".")[0]) in self.commits)
+        logs = self.store.list("wal", ".arrows")
+        self.store.remove(f"wal/{name}" for name in logs if int(name.split(".")[0]) in self.commits)
 
     def _claim_output(self) -> None:
         """Raises: OutputError if OUT holds somebody else's files or is another file system than its control folder."""

@@ -178,6 +178,25 @@ def test_a_finished_row_is_on_disk_within_the_sync_interval_and_groups_share_a_s
         assert len(writes) <= 3
 
 
+def test_a_journal_closed_while_it_wakes_ends_at_once(tmp_path):
+    harness = Harness(tmp_path, sync=(20.0, 1))
+    journal, wake = harness.journal, harness.journal._wake
+    plain = wake.clear
+
+    def clear():  # the moment between waking and looking why
+        journal._closing = True
+        wake.set()
+        plain()
+
+    wake.clear = clear
+    begun = time.monotonic()
+    with journal:
+        harness.expect(2)
+        journal.add(answer(0))
+        journal.join(5)
+    assert time.monotonic() - begun < 5 and harness.logged_rows() == [0]
+
+
 def test_text_that_utf8_cannot_hold_is_replaced_not_fatal(tmp_path):
     harness = Harness(tmp_path)
     with harness.journal as journal:

@@ -153,6 +153,8 @@ def test_a_run_killed_before_the_commit_leaves_nothing_to_see_and_is_cleared(tmp
     ledger = begun(tmp_path, source)
     finish(ledger, ledger.units[0])
     ledger.store.write("commits/000001.json.999999.tmp", b'{"unit": 1')
+    ledger.store.write("wal/.DS_Store", b"not ours")
+    ledger.store.write("staged/other", b"not ours")
     ledger.close()
     with Ledger(tmp_path / "out") as again:
         assert len(again.pending()) == 5
