@@ -33,12 +33,14 @@ def _as_tuple(value: Any) -> Any:
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
+Paths = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 
 
 class InputSection(Section):
-    path: Strings = Field(description="Parquet files, globs or folders")
-    id_column: str | None = Field(None, description="a column that names rows in logs and errors; rows need none")
+    path: Paths = Field(description="Parquet files, globs or folders")
+    id_column: str | None = Field(None, description="a column to show first where rows are shown; rows need none")
 
 
 class PromptSection(Section):
@@ -88,7 +90,7 @@ class SamplingSection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field(description="a Hugging Face folder, a .gguf file, or the name of an installed model")
+    path: Some = Field(description="a Hugging Face folder, a .gguf file, or the name of an installed model")
 
 
 class ProfileSection(Section):
@@ -117,7 +119,7 @@ class EngineSection(Section):
 
 
 class OutputSection(Section):
-    path: str = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")
+    path: Some = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")
     columns: Strings | None = Field(None, description="input columns carried to the output; none given: all")
     prefix: str = Field(
         "", description="put before the names of the result columns, to keep them apart from the input's"

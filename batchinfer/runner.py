@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
+from batchinfer.data.columns import find_column
 from batchinfer.data.feed import Feed
 from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
@@ -84,6 +85,8 @@ class _Columns:
         self.results = ResultSchema(job.sampling.n)
         self.output = OutputSchema(job.output, source.schema, self.results)
         asked = check_columns(job.prompt, job.sampling, source.schema)
+        if job.input.id_column is not None:
+            find_column(source.schema, job.input.id_column, "input.id_column")
         self.read = list(dict.fromkeys((*self.output.carried, *asked))) or source.schema.names[:1]
 
 

@@ -74,7 +74,7 @@ def test_run_ends_with_a_table_and_a_summary_line(demo_tokenizer_dir):
 def test_the_table_shows_cells_that_polars_cannot_and_a_column_once(demo_tokenizer_dir):
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
     huge = pa.array([decimal.Decimal("1.5")], pa.decimal256(50, 2))
-    pq.write_table(pa.table({"text": broken, "huge": huge, "error": ["none"]}), "prompts.parquet")
+    pq.write_table(pa.table({"id": [1], "text": broken, "huge": huge, "error": ["none"]}), "prompts.parquet")
     words = ("--template", "{{ huge }} {{ text }} {{ error }}", "--set", 'output.columns=["text", "huge"]')
     result = invoke("run", "job.toml", "--set", "limits.max_failed_fraction=1", *words)
     assert result.exit_code == 0, result.output
@@ -163,9 +163,17 @@ def test_validate_checks_without_running(demo_tokenizer_dir, folder):
     assert not (folder / "out").exists() and not (folder / "out.batchinfer").exists()
 
 
-@pytest.mark.parametrize("setting", ["model.path=nope", "input.path=nope", "output.columns=nope", "engine.plan=nope"])
+@pytest.mark.parametrize(
+    "setting", ["model.path=nope", "input.path=nope", "output.columns=nope", "input.id_column=nope", "engine.plan=nope"]
+)
 def test_validate_finds_what_would_stop_the_run(setting):
     assert "nope" in refused(2, "validate", "job.toml", "--set", setting)
+
+
+def test_validate_passes_over_the_job_s_own_output_as_run_does(demo_tokenizer_dir):
+    here = ("job.toml", "--set", "input.path=.")
+    assert invoke("run", *here).exit_code == 0
+    assert "3 rows in one file" in invoke("validate", *here).stdout
 
 
 def test_status_and_verify_read_what_was_committed(demo_tokenizer_dir, folder):

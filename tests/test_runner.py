@@ -232,6 +232,13 @@ def test_what_cannot_work_is_told_before_anything_runs(tmp_path, changes, error,
     assert told.value.exit_code == 2 and os.listdir(tmp_path) == ["in.parquet"]
 
 
+def test_an_id_column_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        InputError, match="input.id_column needs column 'ids', which the input lacks; did you mean 'id'"
+    ):
+        run_echo(simple(tmp_path, input__id_column="ids"))
+
+
 def test_an_input_column_named_like_a_result_is_refused_with_the_way_out(tmp_path):
     write(tmp_path / "in.parquet", pa.table({"text": ["a"], "completion": ["mine"], "llm_error": [1]}))
     with pytest.raises(JobError, match="'completion'.*output.prefix.*llm2_.*output.columns"):

@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from batchinfer.data.columns import find_column
 from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Commit, Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
@@ -57,8 +58,10 @@ def check_job(job: Job, rows: int = 0) -> Findings:
     """
     from batchinfer.engine.model.source import ModelSource
 
-    source = Source(job.input.path)
+    source = Source(job.input.path, job.output.path)
     columns = check_columns(job.prompt, job.sampling, source.schema)
+    if job.input.id_column is not None:
+        find_column(source.schema, job.input.id_column, "input.id_column")
     OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n))
     if job.engine.plan is None:
         ModelSource.resolve(job.model.path)
