@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, replace
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.build import build
+from batchinfer.engine.host import available_cores
 from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence
@@ -239,7 +239,3 @@ def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePla
     if (Path(model).expanduser() / "plan.json").is_file():
         return EnginePlan.load(model)
     return build(str(model), **build_options)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

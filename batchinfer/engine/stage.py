@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from batchinfer.engine.host import available_memory
 from batchinfer.engine.kernels import AttentionBatch, select
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.plan import EnginePlan
@@ -91,5 +92,4 @@ def _free_memory(device: torch.device) -> float:
     """Bytes that KV pages may take: most of a GPU's, a quarter of a host's that others live on as well."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0] * 0.9
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 0.25
+    return available_memory() * 0.25
