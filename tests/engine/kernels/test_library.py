@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchinfer.engine.kernels.cpu.library import HEADERS, SOURCES, library
+from batchinfer.engine.kernels.cpu.library import HEADERS, SOURCES, BuildError, build, library
 
 SAY_NAME = """
 import torch
@@ -62,6 +62,26 @@ def test_processes_may_build_at_the_same_time(tmp_path, needs_library):
     started = [python(SAY_NAME, BATCHINFER_CACHE=str(tmp_path)) for _ in range(2)]
     assert [answer(process)[0] for process in started] == ["cpu"] * 2
     assert len(list((tmp_path / "kernels").iterdir())) == 1
+
+
+def test_a_torn_library_in_the_cache_is_made_again(tmp_path, needs_library):
+    assert answer(python(SAY_NAME, BATCHINFER_CACHE=str(tmp_path)))[0] == "cpu"
+    (made,) = (tmp_path / "kernels").iterdir()
+    size = made.stat().st_size
+    made.write_bytes(b"")
+    assert answer(python(SAY_NAME, BATCHINFER_CACHE=str(tmp_path))) == ("cpu", "")
+    assert made.stat().st_size == size
+
+
+def test_a_compiler_that_hangs_means_the_references(tmp_path, monkeypatch, needs_library):
+    slow = tmp_path / "slow-c++"
+    slow.write_text("#!/bin/sh\n[ $1 = --version ] || exec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys.modules[build.__module__], "TIMEOUT", 0.2)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path))
+    with pytest.raises(BuildError, match="slow-c.. took more than"):
+        build()
 
 
 def test_the_thread_pool_is_torchs(needs_library):

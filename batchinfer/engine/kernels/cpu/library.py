@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from batchinfer.cache import cache_root
+
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
@@ -24,6 +27,7 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 
 # What may be left out where the compiler does not know it: first the best, then what is slower but works.
 TARGETS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+TIMEOUT = 300  # seconds for one run of the compiler
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 
 
@@ -63,11 +67,15 @@ def build() -> ctypes.CDLL:
         key = hashlib.sha256("\0".join([*identity, *flags]).encode()).hexdigest()[:24]
         path = cache_folder() / f"{key}.so"
         try:
-            if not path.exists():
-                _compile(compiler, flags, path)
+            if path.exists():
+                with contextlib.suppress(OSError):  # torn when the machine went down: made again
+                    return ctypes.CDLL(str(path))
+            _compile(compiler, flags, path)
             return ctypes.CDLL(str(path))
         except subprocess.CalledProcessError as error:
             reason = reason or f"{shlex.join(compiler)} failed: {_first_error(error.stderr)}"
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{shlex.join(compiler)} took more than {error.timeout:.0f} s") from None
         except OSError as error:
             reason = reason or str(error)
     raise BuildError(reason)
@@ -75,10 +83,7 @@ def build() -> ctypes.CDLL:
 
 def cache_folder() -> Path:
     """Where compiled libraries lie; one file a combination of sources, flags, compiler and CPU."""
-    base = os.environ.get("BATCHINFER_CACHE")
-    if not base:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchinfer"
-    return Path(base) / "kernels"
+    return cache_root() / "kernels"
 
 
 def _compiler() -> list[str]:
@@ -131,7 +136,7 @@ def _openmp(flags: list[str]) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT)
 
 
 def _first_error(output: str) -> str:
