@@ -217,12 +217,12 @@ def bench() -> None:
 
 model_option = click.option("-m", "--model", default="smollm2-135m-instruct", show_default=True, metavar="MODEL")
 
-repeats_option = click.option("--repeats", default=3, show_default=True)
+repeats_option = click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 
 
 @bench.command("engine")
 @model_option
-@click.option("--requests", default=256, show_default=True)
+@click.option("--requests", type=click.IntRange(1), default=256, show_default=True)
 @repeats_option
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--threads", default=0, help="0: all cores this process may use.")
@@ -236,7 +236,7 @@ def bench_engine(**options: Any) -> None:
 
 @bench.command("pipeline")
 @model_option
-@click.option("--rows", default=50_000, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=50_000, show_default=True)
 @repeats_option
 @verbose_option
 def bench_pipeline(**options: Any) -> None:

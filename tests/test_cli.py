@@ -201,6 +201,20 @@ def test_build_needs_to_know_of_what():
     assert "did you mean 'dtype'?" in refused(2, "build", "-m", "nope", "--set", "engine.dtyp=float32")
 
 
+@pytest.mark.parametrize(
+    "words", [("engine", "--repeats", "0"), ("engine", "--requests", "0"), ("pipeline", "--rows", "0")]
+)
+def test_bench_measures_at_least_something(words):
+    assert invoke("bench", *words).exit_code == 2
+
+
+def test_bench_pipeline_is_one_json_line(demo_tokenizer_dir):
+    assert "no model at nope" in refused(2, "bench", "pipeline", "-m", "nope")
+    result = invoke("bench", "pipeline", "--rows", "100", "--repeats", "1")
+    [line] = result.stdout.splitlines()
+    assert json.loads(line)["rows"] == 100 and json.loads(line)["share_of_bare"] > 0
+
+
 def test_help_costs_nothing():
     root = Path(__file__).parents[1]
     code = "import sys, batchinfer.cli; print(sorted(sys.modules))"
