@@ -97,7 +97,7 @@ def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: b
     elif summary.state == "complete" and not summary.run.rows:
         click.echo(f"The job is complete: {summary}")
     else:
-        if not quiet:
+        if not quiet and summary.job.rows:
             click.echo(_first_completions(job, summary))
         click.echo(str(summary))
     if summary.exit_code == ExitCode.FAILED_ROWS:

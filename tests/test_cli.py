@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 import batchinfer.runner
 from batchinfer.cli import main
-from batchinfer.errors import EngineError
+from batchinfer.data.report import Summary
+from batchinfer.errors import EngineError, ExitCode
 
 from .conftest import DEMO_MODEL
 
@@ -69,6 +70,13 @@ def test_run_ends_with_a_table_and_a_summary_line(demo_tokenizer_dir):
     assert any("Two birds." in line for line in table)
     assert last.startswith("3 rows (1 failed)") and "tok/s" in last and last.endswith("out")
     assert pq.read_table("out").num_rows == 3
+
+
+def test_a_run_stopped_before_any_row_shows_no_table(monkeypatch):
+    stopped = Summary(Path("out"), "stopped", ExitCode.STOPPED)
+    monkeypatch.setattr(batchinfer.runner, "run", lambda *_, **__: stopped)
+    result = invoke("run", "job.toml")
+    assert result.exit_code == 75 and len(result.stdout.splitlines()) == 1 and "run again to go on" in result.stdout
 
 
 def test_the_table_shows_cells_that_polars_cannot_and_a_column_once(demo_tokenizer_dir):

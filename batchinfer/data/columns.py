@@ -16,7 +16,7 @@ class RowError(Exception):
 
 
 class Unreadable:
-    """Stands for a cell that Arrow holds and Python cannot: broken UTF-8, a timestamp out of range.
+    """Stands for a cell that Arrow holds and Python cannot: broken UTF-8, a timestamp out of range or in nanoseconds.
 
     It raises RowError where it would become text, so it costs nothing where it is not used.
     """
@@ -60,4 +60,4 @@ def _to_value(name: str, cell: pa.Scalar) -> Any:
     except UnicodeDecodeError:
         return Unreadable(name, "is not valid UTF-8")
     except (ValueError, OverflowError):
-        return Unreadable(name, "holds a value out of range")
+        return Unreadable(name, "holds a value that Python has no object for: out of range, or finer than microseconds")

@@ -302,6 +302,13 @@ def test_broken_utf8_is_an_error_of_its_row(demo_tokenizer_dir):
     assert ids(good)
 
 
+def test_a_time_in_nanoseconds_is_an_error_of_its_row(demo_tokenizer_dir):
+    times = pa.array([1_700_000_000_123_456_789, 1_700_000_000_123_456_000], pa.timestamp("ns"))
+    bad, good = render(renderer(demo_tokenizer_dir, template="{{ t }}"), {"t": times})
+    assert "column 't' holds a value that Python has no object for" in error(bad)
+    assert ids(good)
+
+
 # ---- the job is checked before the first row
 
 
