@@ -13,6 +13,7 @@ from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
 
 _GIB = 2**30
+_USUAL_SEQ_LEN = {"cpu": 512, "cuda": 2**30}  # a host's memory is others' too: pages for sequences as they usually are
 
 
 class Stage:
@@ -60,7 +61,9 @@ class Stage:
         if kv_cache_gib:
             pages = int(kv_cache_gib * _GIB) // page_bytes
         else:
-            pages = min(int(_free_memory(self.device)) // page_bytes, profile.batch_size * pages_per_sequence)
+            usual = -(-min(profile.seq_len, _USUAL_SEQ_LEN[self.device.type]) // self.page_size)
+            wanted = max(pages_per_sequence, profile.batch_size * usual)
+            pages = min(int(_free_memory(self.device)) // page_bytes, wanted)
         if pages < pages_per_sequence:
             raise ModelError(
                 f"KV pages for one sequence of {profile.seq_len} tokens take "
