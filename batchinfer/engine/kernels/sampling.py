@@ -96,7 +96,7 @@ def _draw(x: Tensor, top: Tensor, batch: SamplingBatch) -> Tensor:
 
     by_rank = weight.gather(1, order)
     before = by_rank.cumsum(dim=-1) - by_rank
-    enough = (before >= top_p * by_rank.sum(dim=-1, keepdim=True)) & (top_p < 1)
+    enough = (before >= top_p * by_rank.sum(dim=-1, keepdim=True)) & (top_p < 1) & (before > 0)
     weight = weight.masked_fill_(torch.zeros_like(enough).scatter_(1, order, enough), 0)
     weight = weight.masked_fill_(weight < column(batch.min_p), 0)
 

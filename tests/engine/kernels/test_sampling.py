@@ -165,3 +165,4 @@ def test_extreme_temperatures_and_probabilities(sample):
     row = torch.tensor([0.0, 1e30, 1e30, -1e30])
     assert set(draws(sample, row, temperature=1e-6)) == {1, 2}
     assert set(draws(sample, row, temperature=100.0, top_p=1e-7)) == {1}
+    assert set(draws(sample, row, temperature=1.0, top_p=1e-46)) == {1}  # no float32
