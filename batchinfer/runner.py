@@ -37,7 +37,7 @@ def run(
         progress: False for silence.
 
     Raises:
-        JobError: the job, its input, model or output cannot be used; nothing was computed.
+        JobError: the job, its input, model or output cannot be used.
         DriftError: job or input changed since the output was begun.
         LockedError: another run holds the output.
         IntegrityError: what lies on disk is not what was committed.

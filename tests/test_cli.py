@@ -178,6 +178,13 @@ def test_validate_finds_what_would_stop_the_run(setting):
     assert "nope" in refused(2, "validate", "job.toml", "--set", setting)
 
 
+def test_validate_counts_rows_over_all_files(demo_tokenizer_dir):
+    for name in ("1", "2"):
+        pq.write_table(pa.table({"id": ["a", "b"], "text": pa.array([None, "x"])}), f"{name}.parquet")
+    result = invoke("validate", "job.toml", "--set", "input.path=[12].parquet", "--rows", "10", "--json")
+    assert list(json.loads(result.stdout)["failures"]) == ["0", "2"]
+
+
 def test_validate_passes_over_the_job_s_own_output_as_run_does(demo_tokenizer_dir):
     here = ("job.toml", "--set", "input.path=.")
     assert invoke("run", *here).exit_code == 0

@@ -441,7 +441,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, monkeypatc
         assert (
             error.exit_code == 2
             and "No space left on device" in str(error)
-            and "Nothing finished is lost" in str(error)
+            and "Nothing committed is lost" in str(error)
         )
     monkeypatch.undo()
     run_echo(job)

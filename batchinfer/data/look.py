@@ -28,7 +28,7 @@ class Findings:
     columns: tuple[str, ...]  # those that prompts and sampling parameters are made of
     tried: int = 0  # rows turned into prompts
     prompt_tokens: int = 0  # of those
-    failures: dict[int, str] = field(default_factory=dict)  # row → why it cannot be asked
+    failures: dict[int, str] = field(default_factory=dict)  # row, over all files → why it cannot be asked
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,9 +78,9 @@ def _try_rows(job: Job, source: Source, count: int, findings: Findings) -> None:
 
     renderer = PromptRenderer(job.prompt, job.sampling, export_tokenizer(job.model.path), 1 << 30)
     columns = list(renderer.columns) or source.schema.names[:1]
-    for unit, table in source.read(source.units(min(count, 1024)), columns):
+    for _, table in source.read(source.units(min(count, 1024)), columns):
         table = table.slice(0, count - findings.tried)
-        for answer in renderer.render(table, range(unit.first_row, unit.first_row + len(table)), [0] * len(table)):
+        for answer in renderer.render(table, range(findings.tried, findings.tried + len(table)), [0] * len(table)):
             if isinstance(answer, Completion):
                 findings.failures[answer.key] = answer.error
             else:

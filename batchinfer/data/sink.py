@@ -51,7 +51,8 @@ class OutputSchema:
 class Sink(Worker):
     """Writes parts and commits them, a few units at a time when many are ready.
 
-    ``put`` never waits. A failure to write halts the run; what was not committed is still in the journal.
+    ``put`` never waits. A failure to write halts the run; of the units that were put and not committed, those rows are
+    computed again that skipped the log (see Journal).
     """
 
     def __init__(

@@ -128,6 +128,6 @@ class _explained(contextlib.AbstractContextManager):
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, OSError):
             raise OutputError(
-                f"cannot {self.doing} {self.path}: {error.strerror or error}. Nothing finished is lost: make room or "
+                f"cannot {self.doing} {self.path}: {error.strerror or error}. Nothing committed is lost: make room or "
                 "mend the folder and run the same command again"
             ) from error
