@@ -206,7 +206,7 @@ struct Row {
         if (low == 0 || equal < 2) return;
         for (int64_t i = 0; i < n; ++i) {  // of equal weights, the lower ids until it is enough
             if (values[i] != low) continue;
-            if (mass >= wanted) values[i] = 0;
+            if (mass >= wanted && mass > 0) values[i] = 0;  // one token stays, even where p is 0 as a float
             mass += low;
         }
     }
@@ -225,7 +225,7 @@ struct Row {
         int64_t chosen = chunk * CHUNK;
         for (int64_t i = chosen; i < n && cdf <= target; ++i)
             if (values[i] > 0) cdf += values[chosen = i];
-        while (!(values[chosen] > 0)) --chosen;  // rounding put the target behind the last weight
+        while (chosen > 0 && !(values[chosen] > 0)) --chosen;  // rounding put the target behind the last weight
         return ids.empty() ? int32_t(chosen) : ids[chosen];
     }
 
