@@ -14,6 +14,7 @@ from batchinfer.data.columns import find_column
 from batchinfer.data.feed import Feed
 from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
+from batchinfer.data.look import look
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.sink import OutputSchema, Sink
@@ -75,7 +76,10 @@ def run(
                 write_summary(ledger, summary)
                 return summary
         except StopNow:  # before any work
-            return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+            try:
+                return summarize(look(job.output.path), job.limits.max_failed_fraction)
+            except JobError:  # not begun either
+                return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
 
 
 class _Columns:

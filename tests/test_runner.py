@@ -320,6 +320,18 @@ def test_a_signal_while_the_model_opens_ends_at_once(tmp_path):
     assert summary.exit_code == 75 and os.listdir(tmp_path) == ["in.parquet"]
 
 
+def test_a_resumed_run_that_is_stopped_at_its_start_tells_how_far_the_job_is(tmp_path):
+    job = simple(tmp_path)
+    stopped(job)
+
+    def slow(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return pytest.fail("the signal was not heard")
+
+    summary = run_echo(job, slow)
+    assert (summary.state, summary.exit_code, summary.rows) == ("stopped", 75, 300) and summary.job.rows == 64
+
+
 def test_a_run_off_the_main_thread_works_without_signals(tmp_path):
     job = simple(tmp_path)
     told = []
