@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence
 from batchinfer.engine.stage import Stage
 from batchinfer.engine.text import Text
-from batchinfer.errors import EngineError
+from batchinfer.errors import EngineError, ModelError
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
 
@@ -234,8 +234,18 @@ class Engine:
 
 
 def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePlan:
-    if isinstance(model, EnginePlan):
-        return model
-    if (Path(model).expanduser() / "plan.json").is_file():
-        return EnginePlan.load(model)
-    return build(str(model), **build_options)
+    """
+    Raises:
+        ModelError: ``model`` is a plan already, built with other options than those asked for.
+    """
+    if not isinstance(model, EnginePlan):
+        if not (Path(model).expanduser() / "plan.json").is_file():
+            return build(str(model), **build_options)
+        model = EnginePlan.load(model)
+    built = {"device": model.device, "dtype": model.dtype, **asdict(model.profile)}
+    for name, value in built.items():
+        if (asked := build_options.get(name, value)) not in ("auto", 0, value):
+            raise ModelError(
+                f"the plan {model.path} was built for {name} {value}, not {asked}: build another, or do not ask"
+            )
+    return model

@@ -265,6 +265,13 @@ def test_an_impossible_option_is_named(model, option, message):
         Engine(model, **option)
 
 
+def test_a_plan_is_not_bent_to_other_options(engine):
+    assert Engine(engine.plan, dtype="float32", device="auto", batch_size=0).plan == engine.plan
+    for options in ({"dtype": "bfloat16"}, {"seq_len": 128}, {"batch_size": 8}):
+        with pytest.raises(ModelError, match="was built for"):
+            Engine(engine.plan, **options)
+
+
 def test_what_decides_tokens_is_described(engine):
     plan = engine.plan
     changed = [
