@@ -314,6 +314,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
             lines.append(f"missing {key}: the job must say it in the file or with --set {key}=…")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            field = f"{key}.{message.split(maxsplit=1)[0]}"  # a section's own checks begin with the field they mean
+            where = f" ({origin[field]})" if field in origin else where
             shown = f", got {problem['input']!r}" if kind != "value_error" else ""
             lines.append(f"{key or 'job'}{where}: {message[0].lower() + message[1:]}{shown}")
     return "\n".join(lines) if len(lines) == 1 else "the job has several problems:\n  " + "\n  ".join(lines)

@@ -74,6 +74,8 @@ def test_every_problem_names_its_key_and_where_it_came_from(overrides, wanted):
 
 def test_problems_of_a_file_are_told_with_its_name_and_all_at_once(tmp_path):
     file = tmp_path / "job.toml"
+    file.write_text("[sampling]\nmax_tokens = 0\n")
+    assert f"sampling ({file}): max_tokens must be" in problem({"sampling.seed": 1}, file=file)
     file.write_text("[sampling]\nseeed = 1\n[engine]\ntp = 'two'\n")
     said = problem(file=file)
     assert f"'sampling.seeed' ({file})" in said and f"engine.tp ({file})" in said
