@@ -40,7 +40,7 @@ Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 
 class InputSection(Section):
     path: Paths = Field(description="Parquet files, globs or folders")
-    id_column: str | None = Field(None, description="a column to show first where rows are shown; rows need none")
+    id_column: str | None = Field(None, description="a column that names rows, always carried along; rows need none")
 
 
 class PromptSection(Section):
@@ -202,10 +202,11 @@ class Job(Section):
 
         The engine adds its own part (weights, tokenizer, dtype): see ``Backend.fingerprint``.
         """
+        columns = self.output.columns and (*filter(None, [self.input.id_column]), *self.output.columns)
         return {
             "prompt": self.prompt.model_dump(mode="json"),
             "sampling": self.sampling.model_dump(mode="json"),
-            "output": {"columns": self.output.columns, "prefix": self.output.prefix},
+            "output": {"columns": columns, "prefix": self.output.prefix},
         }
 
 

@@ -33,6 +33,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):  # a lone string, or a list
+                object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
         for name, (low, high, wanted) in _RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -51,9 +55,9 @@ class SamplingParams:
 
 _INTEGERS = frozenset({"max_tokens", "top_k", "seed", "n"})
 _RANGES = {
-    "max_tokens": (1, 2**31 - 1, "at least 1"),
+    "max_tokens": (1, 2**31 - 1, "between 1 and 2147483647"),
     "temperature": (0, 100, "between 0 (greedy) and 100"),
-    "top_k": (0, 2**31 - 1, "0 (off) or at least 1"),
+    "top_k": (0, 2**31 - 1, "0 (off) or between 1 and 2147483647"),
     "top_p": (0, 1, "greater than 0 and at most 1"),
     "min_p": (0, 1, "between 0 and 1"),
     "repetition_penalty": (0, 100, "greater than 0 and at most 100"),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
-from batchinfer.data.columns import find_column
 from batchinfer.data.feed import Feed
 from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
@@ -61,7 +60,7 @@ def run(
                     ledger.check_input(source)
                 if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
-                with closing(open_backend(job)) as backend:
+                with closing(open_backend(job, progress is not False)) as backend:
                     opened = time.perf_counter() - begun
                     journal, stages = _work(job, source, columns, ledger, backend, halt, signals, progress)
                     summary = summarize(
@@ -87,10 +86,8 @@ class _Columns:
 
     def __init__(self, job: Job, source: Source) -> None:
         self.results = ResultSchema(job.sampling.n)
-        self.output = OutputSchema(job.output, source.schema, self.results)
+        self.output = OutputSchema(job.output, source.schema, self.results, job.input.id_column)
         asked = check_columns(job.prompt, job.sampling, source.schema)
-        if job.input.id_column is not None:
-            find_column(source.schema, job.input.id_column, "input.id_column")
         self.read = list(dict.fromkeys((*self.output.carried, *asked))) or source.schema.names[:1]
 
 

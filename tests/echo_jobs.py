@@ -60,7 +60,7 @@ def echo_job(folder: Path, source: Path | None = None, **changes: Any) -> Job:
 
 
 def run_echo(job: Job, backend: Callable[[Path], Any] = EchoBackend) -> Summary:
-    with mock.patch("batchinfer.runner.open_backend", lambda job: backend(tokenizer_dir())):
+    with mock.patch("batchinfer.runner.open_backend", lambda job, progress: backend(tokenizer_dir())):
         return run(job, progress=False)
 
 

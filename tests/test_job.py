@@ -51,7 +51,7 @@ def test_values_are_toml_where_they_can_be_and_text_otherwise(text, value):
         ({"engine.zzz": 1}, "valid: backend, device"),
         ({"sampling.max_tokens": "many"}, "sampling.max_tokens (command line): input should be a valid integer"),
         ({"sampling.max_tokens": True}, "sampling.max_tokens"),
-        ({"sampling.max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"sampling.max_tokens": 0}, "max_tokens must be between 1 and 2147483647, got 0"),
         ({"sampling.temperature": float("nan")}, "temperature must be"),
         ({"sampling.columns": {"temprature": "x"}}, "did you mean 'temperature'?"),
         ({"sampling.columns": {"n": "x"}}, "no per-row parameter 'n'"),

@@ -8,8 +8,11 @@ from batchinfer.job import Job
 __all__ = ["Backend", "Load", "open_backend"]
 
 
-def open_backend(job: Job) -> Backend:
+def open_backend(job: Job, progress: bool = True) -> Backend:
     """Open the engine a job names. The native engine is built into the cache first, if it was not yet.
+
+    Args:
+        progress: tell on stderr what takes its time.
 
     Raises:
         ModelError: the model or the plan cannot be used.
@@ -17,7 +20,7 @@ def open_backend(job: Job) -> Backend:
     if job.engine.backend == "native":
         from batchinfer.backends.native import NativeBackend
 
-        return NativeBackend.open(job)
+        return NativeBackend.open(job, progress)
     if job.engine.backend == "echo":
         from batchinfer.backends.echo import EchoBackend
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +38,7 @@ class EchoBackend:
                 continue
             ids, sampling = request.prompt_token_ids, request.sampling
             load.prompt_tokens += len(ids)
-            text = f"echo {len(ids)} {zlib.crc32(array('q', ids)):08x}"
+            text = f"echo {len(ids)} {hash(tuple(ids)) & 0xFFFFFFFF:08x}"
             if sampling.temperature > 0:
                 text = f"{text} seed {sampling.seed}"
             said = ids[: sampling.max_tokens]

@@ -20,7 +20,7 @@ class NativeBackend:
         self.fingerprint = describe(engine.plan)
 
     @classmethod
-    def open(cls, job: Job) -> NativeBackend:
+    def open(cls, job: Job, progress: bool = True) -> NativeBackend:
         options = job.engine
         if options.tp * options.pp > 1:
             raise JobError(
@@ -31,6 +31,7 @@ class NativeBackend:
             threads=options.threads,
             kv_cache_gib=options.kv_cache_gib,
             prefix_sharing=options.prefix_sharing,
+            progress=progress,
             **build_options(options),
         )
         return cls(engine)

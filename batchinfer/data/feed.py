@@ -11,12 +11,12 @@ from contextlib import closing
 import pyarrow as pa
 
 from batchinfer.data.journal import FinishedUnit, Journal
-from batchinfer.data.prompt import PromptRenderer, row_seed
+from batchinfer.data.prompt import PromptRenderer, row_seeds
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.threads import Channel, Halt, Window, Worker
 from batchinfer.request import Completion, Request
 
-CHUNK_ROWS = 256  # rendered at a time
+CHUNK_ROWS = 512  # rendered at a time
 CHUNK_BYTES = 1 << 20  # of their columns: long documents go in smaller chunks, so that nobody waits for many of them
 RENDERERS = 2  # threads: one chunk's templates are rendered while another's text is tokenised
 AHEAD = (2048, 4_000_000)  # rows and prompt tokens that may wait for the engine
@@ -126,7 +126,7 @@ class Feed(Worker):
 
     def _render(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> list[Request | Completion]:
         keys = [(unit.index, row) for row in rows]
-        seeds = [row_seed(self._job_seed, unit.file, unit.first_row + row) for row in rows]
+        seeds = row_seeds(self._job_seed, unit.file, [unit.first_row + row for row in rows])
         return self._renderer.render(_rows(prompts, rows), keys, seeds)
 
     def _pass_on(self, rendering: Future[list[Request | Completion]]) -> None:

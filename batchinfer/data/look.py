@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batchinfer.data.columns import find_column
 from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Commit, Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
@@ -60,9 +59,7 @@ def check_job(job: Job, rows: int = 0) -> Findings:
 
     source = Source(job.input.path, job.output.path)
     columns = check_columns(job.prompt, job.sampling, source.schema)
-    if job.input.id_column is not None:
-        find_column(source.schema, job.input.id_column, "input.id_column")
-    OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n))
+    OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
     if job.engine.plan is None:
         ModelSource.resolve(job.model.path)
     elif not os.path.isdir(job.engine.plan):

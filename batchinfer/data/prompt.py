@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.types as pat
 from jinja2 import TemplateError
@@ -106,25 +106,19 @@ class PromptRenderer:
         return Request(key, ids, with_room(params, room))
 
 
-def row_seed(job_seed: int, file: str, row: int) -> int:
-    """A row's own seed, 63 bits: the same for the same job seed and address, in every process and on every machine."""
-    return _splitmix64(_splitmix64(_file_hash(file) ^ (job_seed & _64)) + row) >> 1
+def row_seeds(job_seed: int, file: str, rows: Sequence[int]) -> list[int]:
+    """Seeds of rows of a file, 63 bits: the same for the same job seed and address, everywhere and always."""
+    of_file = int.from_bytes(hashlib.blake2b(file.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    begin = _splitmix64(np.array([of_file ^ (job_seed & (2**64 - 1))], np.uint64))
+    return (_splitmix64(begin + np.asarray(rows, np.uint64)) >> np.uint64(1)).tolist()
 
 
-_64 = 2**64 - 1
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_hash(file: str) -> int:
-    return int.from_bytes(hashlib.blake2b(file.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
-def _splitmix64(x: int) -> int:
-    """The mixer of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64
-    return x ^ (x >> 31)
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """The mixer of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014), modulo 2^64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def check_columns(prompt: PromptSection, sampling: SamplingSection, schema: pa.Schema) -> tuple[str, ...]:

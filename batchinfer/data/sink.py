@@ -23,15 +23,23 @@ BUSY = 16  # units waiting to be written beyond which a finished row may not cou
 class OutputSchema:
     """Which input columns are carried and what the result columns are called.
 
+    Args:
+        id_column: carried whether or not ``output`` names it.
+
     Raises:
-        InputError: output.columns names a column that the input lacks.
+        InputError: output.columns or input.id_column names a column that the input lacks.
         JobError: a result column would hide an input column.
     """
 
-    def __init__(self, output: OutputSection, available: pa.Schema, results: ResultSchema) -> None:
-        self.carried = list(available.names if output.columns is None else dict.fromkeys(output.columns))
-        for name in self.carried:
+    def __init__(
+        self, output: OutputSection, available: pa.Schema, results: ResultSchema, id_column: str | None = None
+    ) -> None:
+        named = () if id_column is None else (id_column,)
+        for name in named:
+            find_column(available, name, "input.id_column")
+        for name in output.columns or ():
             find_column(available, name, "output.columns")
+        self.carried = list(available.names if output.columns is None else dict.fromkeys((*named, *output.columns)))
         self.results = [output.prefix + name for name in results.columns.names]
         if clash := [name for name in self.results if name in self.carried]:
             raise JobError(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import batchinfer
 from batchinfer.cache import cache_root, digest, make_folder
-from batchinfer.engine.model.source import ModelSource, file_digest
+from batchinfer.engine.model.source import ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert
@@ -50,7 +50,8 @@ def build(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     if output is None:
-        key = digest([source.stat_digest(), device_name(device), dtype, batch_size, step_tokens, seq_len, FORMAT])
+        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len]
+        key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
         target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
         if target.is_dir():
             return EnginePlan.load(target)
@@ -59,6 +60,8 @@ def build(
         if target.exists():
             raise ModelError(f"{target} exists already: build into a new folder, or remove it first")
     spec, eos_token_ids, profile = _read_config(source, device, batch_size, step_tokens, seq_len)
+    if progress:
+        print(f"batchinfer: building the engine of {source.name}, once, into {target}", file=sys.stderr, flush=True)
 
     def fill(folder: Path) -> None:
         (folder / "tokenizer").mkdir()

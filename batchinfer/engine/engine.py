@@ -101,6 +101,8 @@ class Engine:
         Raises:
             EngineError: another iterator of this engine is under way.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be an iterable of prompts, got one string: put it in a list")
         if self._generating:
             raise EngineError("this engine is generating already: finish or close() the other iterator first")
         source = enumerate(prompts)
@@ -144,7 +146,7 @@ class Engine:
     # -- intake ---------------------------------------------------------------------------------------------------
 
     def _has_room(self) -> bool:
-        """A few requests wait, so that a row that ends is replaced in the next step; the rest stay with the caller."""
+        """No more is pulled than may run at once: the rest stays with the caller."""
         scheduler = self.scheduler
         return scheduler.num_running + len(scheduler.waiting) < self.plan.profile.batch_size
 

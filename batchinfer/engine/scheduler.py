@@ -26,7 +26,7 @@ class Sequence:
     index: int = 0  # which of the n completions
     stops: Callable[[np.ndarray], bool] | None = None  # asked after each token, with all completion tokens
     hashes: list[bytes] = field(default_factory=list)  # of the prompt's full pages
-    cached_tokens: int = 0  # prompt tokens that found their pages computed
+    cached_tokens: int | None = None  # prompt tokens that found their pages computed, when first admitted
     finish_reason: str = ""
 
     @property
@@ -259,13 +259,14 @@ class Scheduler:
             values[row] = getattr(sequence.sampling, name)
 
     def _share(self, row: int, sequence: Sequence, pages: list[int]) -> None:
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = len(pages) * self.page_size
         if not pages:
             return
         self.pages.share(pages)
         self._page_table[row, : len(pages)] = pages
         self._held[row] = self._published[row] = len(pages)
         self._computed[row] = len(pages) * self.page_size
-        sequence.cached_tokens = max(sequence.cached_tokens, min(len(pages) * self.page_size, sequence.prompt_len))
 
     def _expected_pages(self, rows: np.ndarray) -> np.ndarray:
         """Pages that rows will hold when they end, by how much of their limit completions have used so far."""

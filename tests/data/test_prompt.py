@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from batchinfer.data import prompt
-from batchinfer.data.prompt import PromptRenderer, check_columns, row_seed
+from batchinfer.data.prompt import PromptRenderer, check_columns, row_seeds
 from batchinfer.data.tokenizer import PromptTokenizer
 from batchinfer.errors import InputError, JobError, ModelError
 from batchinfer.job import PromptSection, SamplingSection
@@ -393,7 +393,7 @@ def test_columns_overrule_the_job_row_by_row(unigram):
     assert (second.sampling.temperature, second.sampling.max_tokens) == (1.5, 7)
     assert (second.sampling.stop, second.sampling.seed) == ((), 9)
     assert error(third) == "column 't': temperature must be between 0 (greedy) and 100, got -1.0"
-    assert error(fourth) == "column 'n': max_tokens must be at least 1, got 0"
+    assert error(fourth) == "column 'n': max_tokens must be between 1 and 2147483647, got 0"
 
 
 def test_greedy_rows_share_their_parameters_and_random_ones_differ_by_seed(unigram):
@@ -406,8 +406,8 @@ def test_greedy_rows_share_their_parameters_and_random_ones_differ_by_seed(unigr
 
 
 def test_row_seeds_are_the_same_everywhere_and_differ_by_job_file_and_row():
-    assert row_seed(0, "a.parquet", 0) == 2036791247879982955
-    seeds = {row_seed(s, f, r) for s in (0, 1, -1) for f in ("a", "b") for r in range(1000)}
+    assert row_seeds(0, "a.parquet", [0]) == [2036791247879982955]
+    seeds = {seed for s in (0, 1, -1) for f in ("a", "b") for seed in row_seeds(s, f, range(1000))}
     assert len(seeds) == 6000 and all(0 <= seed < 2**63 for seed in seeds)
 
 

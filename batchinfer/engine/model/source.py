@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -97,7 +98,7 @@ class ModelSource:
         """Everything that decides what the model says: weights, config, tokenizer."""
         if self.gguf is not None:
             return [self.gguf]
-        small = [*self.folder.glob("*.json"), *self.folder.glob("*.jinja"), *self.folder.glob("*.model")]
+        small = [file for kind in ("json", "jinja", "model", "txt") for file in self.folder.glob(f"*.{kind}")]
         return self.weight_files() + sorted(small)
 
     def stat_digest(self) -> str:
@@ -107,6 +108,12 @@ class ModelSource:
 
     def weights_digest(self) -> str:
         return file_digest(self.weight_files())
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the code that reads models: what other code made of one is never taken from a cache."""
+    return file_digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -148,13 +148,16 @@ def _rope(config: dict[str, Any]) -> RopeSpec:
     )
 
 
+# Defaults below are those of transformers' config classes: a config.json leaves out what is as they say.
+
+
 def _llama(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
     bias = config.get("attention_bias", False)
     return replace(base, qkv_bias=bias, o_bias=bias, mlp_bias=config.get("mlp_bias", False))
 
 
 def _mistral(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
-    return replace(base, window=config.get("sliding_window"))
+    return replace(base, window=config.get("sliding_window", 4096))
 
 
 def _qwen2(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
@@ -162,8 +165,9 @@ def _qwen2(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
 
 
 def _qwen3(base: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
-    bias = config.get("attention_bias", False)
-    return replace(base, qkv_bias=bias, o_bias=bias, qk_norm=True, window=_qwen_window(base, config))
+    bias, head_dim = config.get("attention_bias", False), config.get("head_dim") or 128
+    window = _qwen_window(base, config)
+    return replace(base, head_dim=head_dim, qkv_bias=bias, o_bias=bias, qk_norm=True, window=window)
 
 
 def _qwen_window(base: DecoderSpec, config: dict[str, Any]) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchinfer.cache import cache_root, make_folder
-from batchinfer.engine.model.source import ModelSource
+from batchinfer.cache import cache_root, digest, make_folder
+from batchinfer.engine.model.source import ModelSource, code_digest
 from batchinfer.errors import ModelError
 
 
@@ -16,7 +16,7 @@ def export_tokenizer(model: str | ModelSource) -> Path:
         ModelError: the model is missing, or has no tokenizer that converts to the fast (Rust) form.
     """
     source = model if isinstance(model, ModelSource) else ModelSource.resolve(model)
-    target = cache_root() / "tokenizers" / source.stat_digest()[:24]
+    target = cache_root() / "tokenizers" / digest([source.stat_digest(), code_digest()])[:24]
     if not target.is_dir():
         make_folder(target, lambda folder: write_tokenizer(source, folder))
     return target
