@@ -146,7 +146,7 @@ def _best_seconds(work: Any, device: Any, budget: float = 0.1) -> float:
 
 
 def _peak_rss_mb() -> float:
-    from batchinfer.data.report import peak_rss
+    from batchinfer.host import peak_rss
 
     return round(peak_rss() / 2**20, 1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from batchinfer.backends.base import Load
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.errors import ExitCode
+from batchinfer.host import peak_rss
 
 SUMMARY = "summary.json"
 
@@ -126,15 +126,6 @@ def summarize(
         stages=stages or {},
         peak_rss=peak_rss(),
     )
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes."""
-    try:  # ru_maxrss would count the parent's memory too: Linux hands it down through fork and exec
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_summary(ledger: Ledger, summary: Summary) -> None:

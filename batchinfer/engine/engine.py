@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from batchinfer.engine.build import build
-from batchinfer.engine.host import available_cores
 from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence
 from batchinfer.engine.stage import Stage
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
+from batchinfer.host import available_cores
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchinfer.engine.host import available_memory
 from batchinfer.engine.kernels import AttentionBatch, select
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
+from batchinfer.host import available_memory
 
 _GIB = 2**30
 _USUAL_SEQ_LEN = {"cpu": 512, "cuda": 2**30}  # a host's memory is others' too: pages for sequences as they usually are

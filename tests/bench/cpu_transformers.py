@@ -17,7 +17,7 @@ import sys
 import time
 
 from batchinfer.bench import workload
-from batchinfer.data.report import peak_rss
+from batchinfer.host import peak_rss
 
 MODEL = "smollm2-135m-instruct"
 STATIC_BATCH = 32

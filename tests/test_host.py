@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from batchinfer.engine.host import available_cores, available_memory
+from batchinfer.host import available_cores, available_memory, peak_rss
 
 GIB = 2**30
 
@@ -52,3 +54,11 @@ def test_without_a_limit_it_is_what_the_host_has(root):
 def test_a_limit_of_the_control_group_holds(root, files):
     assert available_memory(root(**files)) == 4 * GIB
     assert available_cores(root(**files)) == 1
+
+
+def test_peak_memory_is_this_process_s_own_and_not_its_parent_s():
+    ballast = bytearray(300 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = "from batchinfer.host import peak_rss; print(peak_rss())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert child < 200 << 20 < 300 << 20 < peak_rss()

@@ -1,9 +1,11 @@
-"""What this process may use of the machine: its own limits and those of its container, not the whole host."""
+"""What this process may use of the machine, and has used: its own limits and its container's, not the host's."""
 
 from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,15 @@ def available_memory(root: Path = Path("/")) -> int:
         if limit.isdigit():
             memory = min(memory, int(limit))
     return memory
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    try:  # ru_maxrss would count the parent's memory too: Linux hands it down through fork and exec
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
