@@ -184,7 +184,7 @@ def status(job_or_output: str, as_json: bool) -> None:
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @verbose_option
 def verify(job_or_output: str) -> None:
-    """Read everything committed again and compare checksums and row counts."""
+    """Read everything committed again and compare checksums and row counts; the manifest too, once it is there."""
     from batchinfer.data.ledger import Ledger
     from batchinfer.data.look import look
 

@@ -92,6 +92,11 @@ class SamplingSection(Section):
 class ModelSection(Section):
     path: Some = Field(description="a Hugging Face folder, a .gguf file, or the name of an installed model")
 
+    @property
+    def name(self) -> str:
+        """What people call it: the last part of its path."""
+        return Path(os.path.abspath(self.path)).name.removesuffix(".gguf")
+
 
 class ProfileSection(Section):
     """Upper limits an engine is built for. 0 leaves the choice to the build."""

@@ -14,6 +14,7 @@ from batchinfer.data.feed import Feed
 from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import look
+from batchinfer.data.manifest import publish
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.sink import OutputSchema, Sink
@@ -59,6 +60,7 @@ def run(
                     ledger.check_semantic(job.semantic(), tuple(job.semantic()))
                     ledger.check_input(source)
                 if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
+                    publish(ledger)
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
                 with closing(open_backend(job, progress is not False)) as backend:
                     opened = time.perf_counter() - begun
@@ -73,6 +75,8 @@ def run(
                         stages={"open": opened, **stages},
                     )
                 write_summary(ledger, summary)
+                if ledger.complete:
+                    publish(ledger)
                 return summary
         except StopNow:  # before any work
             try:
@@ -110,7 +114,8 @@ def _work(
         operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json")},
     )
     sync = (job.checkpoint.sync_seconds, job.checkpoint.sync_rows)
-    sink = Sink(ledger, columns.output, job.output.compression, job.job.name, lambda unit: feed.committed(unit), halt)
+    footer = {"batchinfer.job": job.job.name, "batchinfer.model": job.model.name}
+    sink = Sink(ledger, columns.output, job.output.compression, footer, lambda unit: feed.committed(unit), halt)
     journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
     feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
     before = sum(commit.rows for commit in ledger.commits.values())

@@ -7,6 +7,7 @@
     wal/                    finished rows of unfinished units (journal.py)
     staged/                 written parts that are not committed yet
     commits/<unit>.json     put if absent: the moment at which a unit's rows exist
+    manifest.json _SUCCESS  only while the output is complete (manifest.py)
     summary.json            the last run, for people and for tools (report.py)
 
 A unit is committed in this order: its part is written under ``staged/`` and fsynced; the commit record is put if
@@ -31,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.cache import digest
+from batchinfer.data import manifest
 from batchinfer.data.lock import Lock, holder, is_running, lives
 from batchinfer.data.source import InputFile, Source, Unit
 from batchinfer.data.store import LocalStore
@@ -120,6 +122,7 @@ class Ledger:
             self.store.replace(PLAN, _plan_bytes(self.units, source.files))
             self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
         self.identity = {**self.identity, **operational}
+        manifest.withdraw(self.store)
         self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
         for folder in ("leases", "wal", "staged", "commits"):
             self.store.make_folder(folder)
@@ -210,9 +213,9 @@ class Ledger:
                 self.commits[commit.unit] = self._read_commit(f"{commit.unit:06d}.json")
 
     def verify(self) -> int:
-        """Re-read every committed part: checksum and row count. Returns the rows verified.
+        """Re-read every committed part: checksum and row count; the manifest too. Returns the rows verified.
 
-        Raises: IntegrityError naming every part that is not what was committed.
+        Raises: IntegrityError naming everything that is not what was committed.
         """
         problems = []
         for commit in self.commits.values():
@@ -225,8 +228,8 @@ class Ledger:
                     problems.append(f"{path}: does not hold the {commit.rows} rows committed")
             except OSError as error:
                 problems.append(f"{path}: {error.strerror or error}")
-        if problems:
-            raise IntegrityError("committed parts are damaged:\n  " + "\n  ".join(problems))
+        if problems := problems or manifest.problems(self):
+            raise IntegrityError("the output is damaged:\n  " + "\n  ".join(problems))
         return sum(commit.rows for commit in self.commits.values())
 
     # ---- inside

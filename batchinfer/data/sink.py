@@ -61,6 +61,9 @@ class Sink(Worker):
 
     ``put`` never waits. A failure to write halts the run; of the units that were put and not committed, those rows are
     computed again that skipped the log (see Journal).
+
+    Args:
+        metadata: goes into the footer of each part.
     """
 
     def __init__(
@@ -68,13 +71,13 @@ class Sink(Worker):
         ledger: Ledger,
         schema: OutputSchema,
         compression: str,
-        job_name: str,
+        metadata: dict[str, str],
         committed: Callable[[FinishedUnit], None],
         halt: Halt,
     ) -> None:
         super().__init__("sink", halt)
         self._ledger, self._schema, self._compression, self._committed = ledger, schema, compression, committed
-        self._metadata = {"batchinfer.job": job_name, "batchinfer.fingerprint": ledger.fingerprint}
+        self._metadata = {**metadata, "batchinfer.fingerprint": ledger.fingerprint}
         self._ready: queue.SimpleQueue[FinishedUnit | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Sink:
