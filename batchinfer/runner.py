@@ -17,6 +17,7 @@ from batchinfer.data.look import look
 from batchinfer.data.manifest import publish
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
+from batchinfer.data.series import Series
 from batchinfer.data.sink import OutputSchema, Sink
 from batchinfer.data.source import Source
 from batchinfer.data.threads import Halt, StopNow, StopSignals
@@ -62,9 +63,9 @@ def run(
                 if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
                     publish(ledger)
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
-                with closing(open_backend(job, progress is not False)) as backend:
+                with closing(open_backend(job, progress is not False)) as backend, Series(ledger) as series:
                     opened = time.perf_counter() - begun
-                    journal, stages = _work(job, source, columns, ledger, backend, halt, signals, progress)
+                    journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
                     summary = summarize(
                         ledger,
                         job.limits.max_failed_fraction,
@@ -74,6 +75,7 @@ def run(
                         load=backend.load(),
                         stages={"open": opened, **stages},
                     )
+                    series.end(summary.as_dict())
                 write_summary(ledger, summary)
                 if ledger.complete:
                     publish(ledger)
@@ -101,6 +103,7 @@ def _work(
     columns: _Columns,
     ledger: Ledger,
     backend: Backend,
+    series: Series,
     halt: Halt,
     signals: StopSignals,
     progress: bool | None,
@@ -119,14 +122,12 @@ def _work(
     journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
     feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
     before = sum(commit.rows for commit in ledger.commits.values())
-    told = Progress(
-        ledger.rows,
-        lambda: before + journal.recovered + journal.tally.rows,
-        journal.tally,
-        backend.load,
-        job.report.log_seconds,
-        progress,
-    )
+
+    def done() -> int:
+        return before + journal.recovered + journal.tally.rows
+
+    told = Progress(ledger.rows, done, journal.tally, backend.load, job.report.log_seconds, progress)
+    series.begin(job, done, journal.tally, backend.load)
     started = generated = time.perf_counter()
     try:
         with sink, journal, feed, told:

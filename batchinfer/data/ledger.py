@@ -9,6 +9,8 @@
     commits/<unit>.json     put if absent: the moment at which a unit's rows exist
     manifest.json _SUCCESS  only while the output is complete (manifest.py)
     summary.json            the last run, for people and for tools (report.py)
+    runs/<epoch>.jsonl      how each run went, a line every few seconds (series.py)
+    prediction.json         what `batchinfer plan --save` expected (estimate.py)
 
 A unit is committed in this order: its part is written under ``staged/`` and fsynced; the commit record is put if
 absent; the part is moved into OUT; the unit's log is dropped. So a reader of OUT sees committed rows alone, each once,
