@@ -75,6 +75,8 @@ verbose_option = click.option(
 @click.option("--messages", metavar="COLUMN", help="A column of chat messages, instead of a template.")
 @click.option("--max-tokens", type=int, help="Completion tokens a row.")
 @click.option("--temperature", type=float, help="0 is greedy.")
+@click.option("--deadline", metavar="06:00", help="Stop taking up rows then; or an ISO date and time.")
+@click.option("--max-time", metavar="4h", help="Stop taking up rows after that long: 4h, 90m, 1h30m.")
 @set_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
@@ -118,6 +120,8 @@ _FLAGS = {
     "messages": "prompt.messages",
     "max_tokens": "sampling.max_tokens",
     "temperature": "sampling.temperature",
+    "deadline": "limits.deadline",
+    "max_time": "limits.max_time",
 }
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from batchinfer import deadline
 from batchinfer.errors import JobError
 from batchinfer.request import SamplingParams
 
@@ -32,10 +33,18 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _written_as(parse: Any) -> tuple[Any, Any]:
+    """A text that ``parse`` understands and that is kept as it is; TOML's own dates and times become text."""
+    to_text = BeforeValidator(lambda value: value.isoformat() if hasattr(value, "isoformat") else value)
+    return to_text, AfterValidator(lambda value: parse(value) and value)
+
+
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
 Paths = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Moment = Annotated[(str, *_written_as(deadline.moment))]
+Span = Annotated[(str, *_written_as(deadline.seconds))]
 
 
 class InputSection(Section):
@@ -49,6 +58,9 @@ class PromptSection(Section):
     system: str | None = Field(None, description="jinja2 over the row's columns, the system message before a template")
     chat: Literal["auto", "on", "off"] = Field(
         "auto", description="wrap in the model's chat template; auto: if it has one"
+    )
+    on_overlong: Literal["error", "truncate_left", "truncate_right", "skip"] = Field(
+        "error", description="a prompt too long for the model: a failed row, cut at one end, or passed over"
     )
 
     @model_validator(mode="after")
@@ -140,6 +152,10 @@ class CheckpointSection(Section):
 
 class LimitsSection(Section):
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="more failed rows than this end in exit code 3")
+    deadline: Moment | None = Field(
+        None, description='when to stop taking up rows: "06:00", the next one, or an ISO date and time'
+    )
+    max_time: Span | None = Field(None, description='how long to take up rows: "4h", "90m", "1h30m"')
 
 
 class ReportSection(Section):

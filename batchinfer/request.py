@@ -93,3 +93,4 @@ class Completion:
     prompt_tokens: int | None = None
     cached_tokens: int = 0  # prompt tokens whose KV pages were shared with another request
     error: str | None = None
+    skipped: bool = False  # the job wants rows like this one passed over: no failure

@@ -20,7 +20,8 @@ from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.series import Series
 from batchinfer.data.sink import OutputSchema, Sink
 from batchinfer.data.source import Source
-from batchinfer.data.threads import Halt, StopNow, StopSignals
+from batchinfer.data.threads import Deadline, Halt, StopNow, StopSignals
+from batchinfer.deadline import ends_at
 from batchinfer.engine.model.source import ModelSource
 from batchinfer.errors import EngineError, ExitCode, JobError, ModelError
 from batchinfer.job import Job
@@ -31,8 +32,9 @@ def run(
 ) -> Summary:
     """Work through a job until every row of its input has a row in its output. Running it again resumes.
 
-    SIGINT and SIGTERM stop admission, let running rows finish and commit; a second one ends at once. Either way nothing
-    finished is lost, and the summary's ``exit_code`` is 75. A job that is complete returns without loading the model.
+    SIGINT, SIGTERM and the job's deadline stop admission, let running rows finish and commit; a signal after that ends
+    at once. Either way nothing finished is lost, and the summary's ``exit_code`` is 75. A job that is complete returns
+    without loading the model.
 
     Args:
         job: a Job, or the path of a job file, which ``overrides`` (dotted key → value) apply to.
@@ -52,7 +54,7 @@ def run(
     else:
         job = Job.load(job, overrides)
     halt = Halt()
-    with StopSignals(halt) as signals:
+    with StopSignals(halt) as signals, Deadline(halt, ends_at(job.limits.deadline, job.limits.max_time)):
         try:
             source = Source(job.input.path, job.output.path)
             columns = _Columns(job, source)
@@ -63,6 +65,8 @@ def run(
                 if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
                     publish(ledger)
                     return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
+                if halt.stopping:
+                    raise StopNow
                 with closing(open_backend(job, progress is not False)) as backend, Series(ledger) as series:
                     opened = time.perf_counter() - begun
                     journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
@@ -74,6 +78,7 @@ def run(
                         seconds=time.perf_counter() - begun,
                         load=backend.load(),
                         stages={"open": opened, **stages},
+                        reason=halt.reason,
                     )
                     series.end(summary.as_dict())
                 write_summary(ledger, summary)
@@ -82,9 +87,9 @@ def run(
                 return summary
         except StopNow:  # before any work
             try:
-                return summarize(look(job.output.path), job.limits.max_failed_fraction)
+                return summarize(look(job.output.path), job.limits.max_failed_fraction, reason=halt.reason)
             except JobError:  # not begun either
-                return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+                return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED, reason=halt.reason)
 
 
 class _Columns:

@@ -18,7 +18,7 @@ from batchinfer.data.source import Unit
 from batchinfer.data.store import LocalStore
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import EngineError
-from batchinfer.request import Completion
+from batchinfer.request import Completion, FinishReason
 
 FRAME = struct.Struct("<II")  # length of an Arrow IPC message and its CRC-32
 LEAST_GAP = 0.02  # seconds between two syncs: a fast engine gets larger groups instead of more of them
@@ -45,7 +45,7 @@ class FinishedUnit:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of rows and tokens."""
+    """Counts of rows and tokens. A row with an error has failed, unless it was to be skipped."""
 
     rows: int = 0
     failed: int = 0
@@ -58,12 +58,24 @@ class Tally:
         if pa.types.is_list(reasons.type):
             reasons, made = pc.list_flatten(reasons), pc.list_flatten(made)
         self.rows += results.num_rows
-        self.failed += results.num_rows - results["error"].null_count
+        skipped = self.skipped
         self.prompt_tokens += pc.sum(results["prompt_tokens"]).as_py() or 0
         self.completion_tokens += pc.sum(made).as_py() or 0
         for reason in pc.value_counts(reasons):
             self.finish_reasons[reason["values"].as_py()] += reason["counts"].as_py()
+        self.failed += results.num_rows - results["error"].null_count - (self.skipped - skipped)
         return self
+
+    @property
+    def skipped(self) -> int:
+        return self.finish_reasons["skipped"]
+
+    @property
+    def losses(self) -> str:
+        """`` (3 failed, 1 skipped)``, or nothing."""
+        counts = ((self.failed, "failed"), (self.skipped, "skipped"))
+        told = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+        return f" ({told})" if told else ""
 
 
 class ResultSchema:
@@ -88,11 +100,11 @@ class ResultSchema:
         if self.n == 1:
             outputs = [c.outputs[0] if c.outputs else None for c in completions]
             texts = [o.text if o else None for o in outputs]
-            reasons = [o.finish_reason if o else "error" for o in outputs]
+            reasons = [o.finish_reason if o else _without_output(c) for o, c in zip(outputs, completions)]
             made = [len(o.token_ids) if o else None for o in outputs]
         else:
             texts = [[o.text for o in c.outputs] or None for c in completions]
-            reasons = [[o.finish_reason for o in c.outputs] or ["error"] for c in completions]
+            reasons = [[o.finish_reason for o in c.outputs] or [_without_output(c)] for c in completions]
             made = [[len(o.token_ids) for o in c.outputs] or None for c in completions]
         columns = [
             [c.key[1] for c in completions],  # type: ignore[index]
@@ -255,6 +267,10 @@ def read_log(data: bytes, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         else:
             yield pa.ipc.read_record_batch(message, schema)
         at += FRAME.size + length
+
+
+def _without_output(completion: Completion) -> FinishReason:
+    return "skipped" if completion.skipped else "error"
 
 
 def _frame(message: pa.Buffer) -> bytes:

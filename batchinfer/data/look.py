@@ -105,10 +105,9 @@ class Standing:
     def __str__(self) -> str:
         rows, job = self.ledger.rows, summarize(self.ledger, max_failed_fraction=1.0).job
         share = f" of {rows:,} ({job.rows / rows:.0%})" if job.rows < rows else ""
-        failed = f" ({job.failed:,} failed)" if job.failed else ""
         hint = ", run it again to go on" if self.state == "unfinished" else ""
         return (
-            f"{self.state}{hint} · {job.rows:,}{share} rows committed{failed} · "
+            f"{self.state}{hint} · {job.rows:,}{share} rows committed{job.losses} · "
             f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out · {self.ledger.output}"
         )
 

@@ -14,6 +14,7 @@ import pyarrow.types as pat
 from jinja2 import TemplateError
 
 from batchinfer.data.columns import RowError, Unreadable, find_column, is_text, to_values
+from batchinfer.data.overlong import Asked, Overlong, Truncation
 from batchinfer.data.row_sampling import RowSampling, with_room
 from batchinfer.data.template import ChatTemplate, Message, RowTemplate
 from batchinfer.data.tokenizer import PromptTokenizer
@@ -27,8 +28,8 @@ class PromptRenderer:
 
     Args:
         tokenizer_dir: folder with tokenizer.json, tokenizer_config.json and, for chat models, a chat template.
-        max_seq_len: prompt plus completion tokens that the engine can hold. A prompt must leave room for one token;
-            ``max_tokens`` is lowered to the room there is.
+        max_seq_len: prompt plus completion tokens that the engine can hold. A prompt must leave room for one token, or
+            it is dealt with as ``prompt.on_overlong`` says; ``max_tokens`` is lowered to the room there is.
 
     Attributes:
         columns: the input columns that prompts and sampling parameters are made of.
@@ -48,6 +49,9 @@ class PromptRenderer:
         self._sampling = RowSampling(sampling)
         self._max_seq_len = max_seq_len
         self._max_characters = max(1 << 20, max_seq_len * self._tokenizer.longest)
+        how = prompt.on_overlong
+        self._skips_overlong = how == "skip"
+        self._truncation = Truncation(how, self._tokenizer, max_seq_len) if how.startswith("truncate") else None
         self.columns = tuple(dict.fromkeys((*self._source.columns, *self._sampling.columns)))
 
     def check(self, schema: pa.Schema) -> None:
@@ -63,47 +67,72 @@ class PromptRenderer:
         """
         cells = {name: to_values(name, rows.column(name)) for name in self.columns}
         results: list[Any] = [None] * len(keys)  # a table without columns may have lost count
+        asked: dict[int, Asked] = {}
         texts: dict[int, str] = {}
         for i, row in enumerate(_by_row(cells, self._source.columns, len(keys))):
             try:
-                texts[i] = self._bounded(self._text(row))
+                asked[i] = self._asked(row)
+                texts[i] = self._bounded(self._text(asked[i]))
             except RowError as error:
-                results[i] = Completion(keys[i], error=str(error))
-        encoded = self._tokenizer.encode(list(texts.values()), add_special_tokens=not self.chat)
+                results[i] = self._refused(keys[i], None, error)
+        encoded = self._encode(list(texts.values()))
         params = self._sampling.of_rows(cells, seeds)
         for i, ids in zip(texts, encoded):
-            results[i] = self._request(keys[i], ids, params[i])
+            results[i] = self._request(keys[i], asked[i], ids, params[i])
         return results
 
-    def _text(self, row: dict[str, Any]) -> str:
-        if self._chat is None:
-            return self._source.text(row)
-        messages = self._source.messages(row)
+    def _asked(self, row: dict[str, Any]) -> Asked:
+        asked = self._source.text(row) if self._chat is None else self._source.messages(row)
+        return asked if self._truncation is None else self._truncation.shorten(asked, self._max_characters // 2)
+
+    def _text(self, asked: Asked) -> str:
+        if isinstance(asked, str):
+            return asked
+        assert self._chat is not None
         try:
-            return self._chat.render(messages)
+            return self._chat.render(asked)
         except Exception as error:
             raise RowError(f"the model's chat template refuses the messages: {_reason(error)}") from None
 
     def _bounded(self, text: str) -> str:
         """A cell of a gigabyte must not cost the run its memory, only to be found too long in tokens."""
         if len(text) > self._max_characters:
-            raise RowError(f"the prompt has {len(text):,} characters, more than {self._max_seq_len} tokens can hold")
+            raise Overlong(f"the prompt has {len(text):,} characters, more than {self._max_seq_len} tokens can hold")
         return text
 
-    def _request(self, key: Hashable, ids: list[int] | None, params: SamplingParams | RowError) -> Request | Completion:
+    def _encode(self, texts: list[str]) -> list[list[int] | None]:
+        return self._tokenizer.encode(texts, add_special_tokens=not self.chat)
+
+    def _request(
+        self, key: Hashable, asked: Asked, ids: list[int] | None, params: SamplingParams | RowError
+    ) -> Request | Completion:
         if not ids:
             reason = "is not valid Unicode: it holds a lone surrogate" if ids is None else "makes no token"
             return Completion(key, error=f"the prompt {reason}")
-        room = self._max_seq_len - len(ids)
-        if room < 1:
-            error = (
-                f"the prompt has {len(ids)} tokens, and at most {self._max_seq_len - 1} fit beside a completion "
-                "(engine.profile.seq_len and the model's own context decide)"
-            )
-            return Completion(key, prompt_tokens=len(ids), error=error)
-        if isinstance(params, RowError):
-            return Completion(key, prompt_tokens=len(ids), error=str(params))
-        return Request(key, ids, with_room(params, room))
+        try:
+            if isinstance(params, RowError):
+                raise params
+            ids = self._fitting(asked, ids, params.max_tokens)
+        except RowError as error:
+            return self._refused(key, len(ids), error)
+        return Request(key, ids, with_room(params, self._max_seq_len - len(ids)))
+
+    def _fitting(self, asked: Asked, ids: list[int], max_tokens: int) -> list[int]:
+        """Prompt ids that leave room for a completion. Raises: RowError if there is no way."""
+        cut = self._truncation
+        most = cut.most_tokens(max_tokens) if cut else self._max_seq_len - 1
+        if len(ids) <= most:
+            return ids
+        if cut:
+            return cut.fit(asked, len(ids), most, lambda asked: self._encode([self._text(asked)])[0] or [])
+        raise Overlong(
+            f"the prompt has {len(ids)} tokens, and at most {most} fit beside a completion "
+            "(engine.profile.seq_len and the model's own context decide)"
+        )
+
+    def _refused(self, key: Hashable, tokens: int | None, error: RowError) -> Completion:
+        skipped = self._skips_overlong and isinstance(error, Overlong)
+        return Completion(key, prompt_tokens=tokens, error=str(error), skipped=skipped)
 
 
 def row_seeds(job_seed: int, file: str, rows: Sequence[int]) -> list[int]:

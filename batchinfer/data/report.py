@@ -42,6 +42,7 @@ class Summary:
     load: Load | None = None  # the engine's own counters; None if it was not needed
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage; threads overlap
     peak_rss: int = 0  # bytes
+    reason: str = ""  # why it stopped early
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
@@ -56,6 +57,7 @@ class Summary:
             "output": str(self.output),
             "state": self.state,
             "exit_code": int(self.exit_code),
+            "reason": self.reason,
             "total_rows": self.rows,
             "logged_rows": self.logged,
             "job": _counts(self.job),
@@ -67,8 +69,7 @@ class Summary:
 
     def __str__(self) -> str:
         done = f"{self.job.rows:,}" if self.state == "complete" else f"{self.job.rows + self.logged:,} of {self.rows:,}"
-        failed = f" ({self.job.failed:,} failed)" if self.job.failed else ""
-        parts = [f"{done} rows{failed}"]
+        parts = [f"{done} rows{self.job.losses}"]
         counts = self.job if self.state == "complete" else self.run
         parts.append(f"{counts.prompt_tokens:,} tokens in, {counts.completion_tokens:,} out")
         if self.run.rows:
@@ -77,15 +78,17 @@ class Summary:
         elif self.state == "complete":
             parts.append("nothing left to do")
         if self.state == "stopped":
-            parts.append("stopped early, run again to go on")
+            why = f" ({self.reason})" if self.reason else ""
+            parts.append(f"stopped early{why}, run again to go on")
         return " · ".join([*parts, str(self.output)])
 
 
 def _counts(tally: Tally) -> dict[str, Any]:
     return {
         "rows": tally.rows,
-        "ok": tally.rows - tally.failed,
+        "ok": tally.rows - tally.failed - tally.skipped,
         "failed": tally.failed,
+        "skipped": tally.skipped,
         "finish_reasons": dict(tally.finish_reasons),
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
@@ -101,8 +104,9 @@ def summarize(
     seconds: float = 0.0,
     load: Load | None = None,
     stages: dict[str, float] | None = None,
+    reason: str = "",
 ) -> Summary:
-    """The summary of a ledger as it stands."""
+    """The summary of a ledger as it stands. ``reason``: why the run stopped, if it did not complete."""
     job = Tally()
     for commit in ledger.commits.values():
         job.rows += commit.rows
@@ -125,6 +129,7 @@ def summarize(
         load=load,
         stages=stages or {},
         peak_rss=peak_rss(),
+        reason="" if ledger.complete else reason,
     )
 
 

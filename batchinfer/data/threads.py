@@ -23,7 +23,13 @@ class Halt:
     def __init__(self) -> None:
         self.stopping = False
         self.ended = False
+        self.reason = ""  # why it is stopping
         self.error: BaseException | None = None
+
+    def stop(self, reason: str) -> None:
+        """Take up no more rows, finish those under way. The first reason is the one that is told."""
+        self.reason = self.reason or reason
+        self.stopping = True
 
     def fail(self, error: BaseException) -> None:
         if self.error is None:
@@ -64,15 +70,52 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on(self, *_: object) -> None:
+    def _on(self, number: int, *_: object) -> None:
         if self.phase == "end":
             return
-        if self.phase == "work" and not self._halt.stopping:
-            self._halt.stopping = True
+        first = not self._halt.stopping
+        self._halt.stop(signal.Signals(number).name)
+        if self.phase == "work" and first:
             os.write(2, b"batchinfer: stopping once the rows under way are finished; again to stop at once\n")
             return
         self.phase = "end"
         raise StopNow
+
+
+class Deadline:
+    """Stops the run at a moment, while entered. One that is past stops it at once.
+
+    Args:
+        end: seconds since the epoch and what to say of them; None: never.
+    """
+
+    def __init__(self, halt: Halt, end: tuple[float, str] | None) -> None:
+        self._halt, self._end = halt, end
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._wait, name="batchinfer-deadline", daemon=True)
+
+    def __enter__(self) -> Deadline:
+        if self._end is not None and not self._reached():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _wait(self) -> None:
+        while not self._left.wait(min(30.0, max(0.0, self._end[0] - time.time()))):  # type: ignore[index]
+            if self._reached():  # asked anew now and then, as a clock may be set and a machine may sleep
+                return
+
+    def _reached(self) -> bool:
+        moment, why = self._end  # type: ignore[misc]
+        if time.time() < moment:
+            return False
+        self._halt.stop(why)
+        os.write(2, f"batchinfer: {why}, stopping once the rows under way are finished\n".encode())
+        return True
 
 
 class Worker(threading.Thread):

@@ -64,6 +64,10 @@ class PromptTokenizer:
                 return [None]
             return [self.encode([text], add_special_tokens)[0] for text in texts]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends in it, in characters; none is added around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
 
 def any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """A pattern that finds any of the texts, the longest first; one that never matches if there are none."""
