@@ -45,7 +45,7 @@ class PromptRenderer:
         self._tokenizer = PromptTokenizer(tokenizer_dir)
         self.chat = _wants_chat(prompt, self._tokenizer, tokenizer_dir)
         self._chat = ChatTemplate(self._tokenizer) if self.chat else None
-        self._source = _Source(prompt, self._tokenizer.spell)
+        self._source = RowPrompt(prompt, self._tokenizer.spell)
         self._sampling = RowSampling(sampling)
         self._max_seq_len = max_seq_len
         self._max_characters = max(1 << 20, max_seq_len * self._tokenizer.longest)
@@ -152,7 +152,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 def check_columns(prompt: PromptSection, sampling: SamplingSection, schema: pa.Schema) -> tuple[str, ...]:
     """``PromptRenderer.check`` without a tokenizer: templates and columns only. Returns the columns used."""
-    source, params = _Source(prompt), RowSampling(sampling)
+    source, params = RowPrompt(prompt), RowSampling(sampling)
     source.check(schema)
     params.check(schema)
     return tuple(dict.fromkeys((*source.columns, *params.columns)))
@@ -160,7 +160,7 @@ def check_columns(prompt: PromptSection, sampling: SamplingSection, schema: pa.S
 
 def prompt_columns(prompt: PromptSection) -> tuple[str, ...]:
     """The columns that the prompts are made of."""
-    return _Source(prompt).columns
+    return RowPrompt(prompt).columns
 
 
 def _wants_chat(prompt: PromptSection, tokenizer: PromptTokenizer, folder: Path) -> bool:
@@ -173,7 +173,7 @@ def _wants_chat(prompt: PromptSection, tokenizer: PromptTokenizer, folder: Path)
     return tokenizer.chat_template is not None
 
 
-class _Source:
+class RowPrompt:
     """What a row says: one text, or the messages of a conversation."""
 
     def __init__(self, prompt: PromptSection, spell: Callable[[str], str] = str):
