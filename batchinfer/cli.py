@@ -173,6 +173,30 @@ def validate(job_file: str, settings: tuple[str, ...], rows: int, as_json: bool)
 
 
 @main.command()
+@click.argument("job_file", metavar="JOB.toml")
+@set_option
+@click.option("--sample", type=click.IntRange(1), default=1000, show_default=True, help="Rows to look at.")
+@click.option("--seed", default=0, show_default=True, help="Draws the sample.")
+@click.option("--tok-s", type=click.FloatRange(0, min_open=True), help="Tokens a second, in and out, to reckon with.")
+@click.option("--save", is_flag=True, help="Keep it beside the output, for `report` to set against what happens.")
+@json_option
+@verbose_option
+def plan(
+    job_file: str, settings: tuple[str, ...], sample: int, seed: int, tok_s: float | None, save: bool, as_json: bool
+) -> None:
+    """Foretell tokens, time and failures from a sample of the rows, without loading the model."""
+    from batchinfer.data.estimate import estimate
+    from batchinfer.data.estimate import save as keep
+    from batchinfer.job import Job
+
+    job = Job.load(job_file, _parse_settings(settings))
+    found = estimate(job, sample, seed, tok_s)
+    click.echo(json.dumps(found.as_dict()) if as_json else str(found))
+    if save:
+        click.echo(f"kept in {keep(found, job.output.path)}", err=True)
+
+
+@main.command()
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @json_option
 @verbose_option

@@ -74,7 +74,7 @@ class Summary:
         parts.append(f"{counts.prompt_tokens:,} tokens in, {counts.completion_tokens:,} out")
         if self.run.rows:
             parts.append(f"{self.tokens_per_second['total']:,.0f} tok/s")
-            parts.append(f"{_clock(self.seconds)} wall")
+            parts.append(f"{clock(self.seconds)} wall")
         elif self.state == "complete":
             parts.append("nothing left to do")
         if self.state == "stopped":
@@ -215,11 +215,12 @@ class Progress:
         seconds = time.monotonic() - self._begun
         left = ""
         if self._tally.rows:
-            left = f", {_clock(seconds / self._tally.rows * (self._rows - done))} left"
+            left = f", {clock(seconds / self._tally.rows * (self._rows - done))} left"
         return f"{done:,}/{self._rows:,} rows{share}, {self._engine()}{left}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A length of time for people: 4.2 s, 1:15 min, 2:03:00."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

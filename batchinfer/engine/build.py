@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import batchinfer
 from batchinfer.cache import cache_root, digest, make_folder
-from batchinfer.engine.model.source import ModelSource, code_digest, file_digest
+from batchinfer.engine.model.source import DEFAULT_SEQ_LEN, ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert
@@ -21,7 +21,6 @@ from batchinfer.errors import ModelError
 # What an engine is built for when the job does not say: (sequences, tokens a step). A CPU's caches hold the
 # activations of a few hundred rows; a GPU needs thousands of tokens a step to be busy.
 _DEFAULTS = {"cpu": (128, 512), "cuda": (1024, 8192)}
-_DEFAULT_SEQ_LEN = 8192
 
 
 def build(
@@ -143,6 +142,6 @@ def _read_config(
     profile = Profile(
         batch_size=batch_size or default_batch,
         step_tokens=max(step_tokens or default_tokens, batch_size or default_batch),
-        seq_len=seq_len or min(spec.max_position, _DEFAULT_SEQ_LEN),
+        seq_len=seq_len or min(spec.max_position, DEFAULT_SEQ_LEN),
     )
     return spec, eos_token_ids, profile

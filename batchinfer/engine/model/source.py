@@ -13,6 +13,8 @@ from typing import Any
 
 from batchinfer.errors import ModelError
 
+DEFAULT_SEQ_LEN = 8192  # what an engine is built for when neither the job nor a shorter model says
+
 # name → (package, file in it, how to install the package)
 INSTALLED_MODELS = {
     "smollm2-135m-instruct": (
@@ -81,6 +83,15 @@ class ModelSource:
         if generation.is_file():
             config["eos_token_id"] = read_json(generation).get("eos_token_id", config.get("eos_token_id"))
         return config
+
+    def max_position(self) -> int:
+        """Positions that the model knows, read without torch."""
+        if self.gguf is None:
+            return self.config().get("max_position_embeddings", 2048)
+        from gguf import GGUFReader
+
+        fields = GGUFReader(self.gguf).fields
+        return int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
 
     def weight_files(self) -> list[Path]:
         """The files that hold weights, sorted; for a sharded folder only those that its index names."""
