@@ -75,13 +75,19 @@ verbose_option = click.option(
 @click.option("--messages", metavar="COLUMN", help="A column of chat messages, instead of a template.")
 @click.option("--max-tokens", type=int, help="Completion tokens a row.")
 @click.option("--temperature", type=float, help="0 is greedy.")
+@click.option(
+    "--on-input-change",
+    type=click.Choice(["error", "append", "ignore"]),
+    help="Files added since the output was begun: refuse, take up last, pass over.",
+)
+@click.option("--fork", is_flag=True, help="If the job changed, work in OUT-2 (OUT-3, …) instead of refusing.")
 @click.option("--deadline", metavar="06:00", help="Stop taking up rows then; or an ISO date and time.")
 @click.option("--max-time", metavar="4h", help="Stop taking up rows after that long: 4h, 90m, 1h30m.")
 @set_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
 @verbose_option
-def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> None:
+def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: bool, fork: bool, **flags: Any) -> None:
     """Work through a job; run it again to resume.
 
     \b
@@ -93,7 +99,7 @@ def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: b
 
     named = {_FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
     job = Job.load(job_file, named | _parse_settings(settings))
-    summary = work(job, progress=False if quiet else None)
+    summary = work(job, progress=False if quiet else None, fork=fork)
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
     elif summary.state == "complete" and not summary.run.rows:
@@ -120,6 +126,7 @@ _FLAGS = {
     "messages": "prompt.messages",
     "max_tokens": "sampling.max_tokens",
     "temperature": "sampling.temperature",
+    "on_input_change": "input.on_change",
     "deadline": "limits.deadline",
     "max_time": "limits.max_time",
 }

@@ -51,6 +51,10 @@ class DriftError(BatchInferError):
     exit_code = ExitCode.DRIFT
 
 
+class JobDriftError(DriftError):
+    """The job, not its input, differs from the one that the output was begun with: it may begin beside it."""
+
+
 class LockedError(BatchInferError):
     """Another run holds this output."""
 

@@ -49,6 +49,9 @@ Span = Annotated[(str, *_written_as(deadline.seconds))]
 
 class InputSection(Section):
     path: Paths = Field(description="Parquet files, globs or folders")
+    on_change: Literal["error", "append", "ignore"] = Field(
+        "error", description="files added since the output was begun: refused, taken up last, or passed over"
+    )
     id_column: str | None = Field(None, description="a column that names rows, always carried along; rows need none")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,16 @@ from batchinfer.data.source import Source
 from batchinfer.data.threads import Deadline, Halt, StopNow, StopSignals
 from batchinfer.deadline import ends_at
 from batchinfer.engine.model.source import ModelSource
-from batchinfer.errors import EngineError, ExitCode, JobError, ModelError
+from batchinfer.errors import EngineError, ExitCode, JobDriftError, JobError, ModelError
 from batchinfer.job import Job
 
 
 def run(
-    job: Job | str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, progress: bool | None = None
+    job: Job | str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    progress: bool | None = None,
+    fork: bool = False,
 ) -> Summary:
     """Work through a job until every row of its input has a row in its output. Running it again resumes.
 
@@ -39,6 +46,8 @@ def run(
     Args:
         job: a Job, or the path of a job file, which ``overrides`` (dotted key → value) apply to.
         progress: False for silence.
+        fork: where the output was begun by another job, work in OUT-2 instead, or in OUT-3 if that one is another
+            job's too, and so on. The summary's ``output`` says where.
 
     Raises:
         JobError: the job, its input, model or output cannot be used.
@@ -53,43 +62,73 @@ def run(
             raise JobError("overrides apply to a job file; change a Job before it is run")
     else:
         job = Job.load(job, overrides)
-    halt = Halt()
-    with StopSignals(halt) as signals, Deadline(halt, ends_at(job.limits.deadline, job.limits.max_time)):
-        try:
-            source = Source(job.input.path, job.output.path)
-            columns = _Columns(job, source)
-            with Ledger(job.output.path) as ledger:
-                if ledger.identity is not None:
-                    ledger.check_semantic(job.semantic(), tuple(job.semantic()))
-                    ledger.check_input(source)
-                if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
-                    publish(ledger)
-                    return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
-                if halt.stopping:
-                    raise StopNow
-                with closing(open_backend(job, progress is not False)) as backend, Series(ledger) as series:
-                    opened = time.perf_counter() - begun
-                    journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
-                    summary = summarize(
-                        ledger,
-                        job.limits.max_failed_fraction,
-                        run=journal.tally,
-                        logged=journal.logged(),
-                        seconds=time.perf_counter() - begun,
-                        load=backend.load(),
-                        stages={"open": opened, **stages},
-                        reason=halt.reason,
-                    )
-                    series.end(summary.as_dict())
-                write_summary(ledger, summary)
-                if ledger.complete:
-                    publish(ledger)
-                return summary
-        except StopNow:  # before any work
+    halt, first, tried = Halt(), job.output.path.rstrip("/") or "/", 1
+    end = ends_at(job.limits.deadline, job.limits.max_time)
+    with StopSignals(halt) as signals, Deadline(halt, end), ExitStack() as opened:
+        backend = functools.cache(lambda: opened.enter_context(closing(open_backend(job, progress is not False))))
+        while True:
             try:
-                return summarize(look(job.output.path), job.limits.max_failed_fraction, reason=halt.reason)
-            except JobError:  # not begun either
-                return Summary(Path(job.output.path), "stopped", ExitCode.STOPPED, reason=halt.reason)
+                return _run(job, first, backend, halt, signals, progress, begun)
+            except JobDriftError:
+                if not fork:
+                    raise
+            tried, taken = tried + 1, job.output.path
+            job = job.model_copy(update={"output": job.output.model_copy(update={"path": f"{first}-{tried}"})})
+            if progress is not False:
+                print(f"batchinfer: {taken} is another job's, this one goes to {job.output.path}", file=sys.stderr)
+
+
+def _run(
+    job: Job,
+    first: str,
+    open_once: Callable[[], Backend],
+    halt: Halt,
+    signals: StopSignals,
+    progress: bool | None,
+    begun: float,
+) -> Summary:
+    """``run`` in one output. It, ``first`` and other forks of that do not count as input.
+
+    Raises: JobDriftError if it is another job's, else as ``run``.
+    """
+    try:
+        source = Source(job.input.path, first)
+        columns = _Columns(job, source)
+        with Ledger(job.output.path) as ledger:
+            if ledger.identity is not None:
+                ledger.check_semantic(job.semantic(), tuple(job.semantic()))
+                source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
+                columns = _Columns(job, source)
+            if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
+                publish(ledger)
+                return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
+            if halt.stopping:
+                raise StopNow
+            backend = open_once()
+            with Series(ledger) as series:
+                opened = time.perf_counter() - begun
+                journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
+                summary = summarize(
+                    ledger,
+                    job.limits.max_failed_fraction,
+                    run=journal.tally,
+                    logged=journal.logged(),
+                    seconds=time.perf_counter() - begun,
+                    load=backend.load(),
+                    stages={"open": opened, **stages},
+                    reason=halt.reason,
+                )
+                series.end(summary.as_dict())
+            write_summary(ledger, summary)
+            if ledger.complete:
+                publish(ledger)
+            return summary
+    except StopNow:  # before any work
+        try:
+            summary = summarize(look(job.output.path), job.limits.max_failed_fraction)
+        except JobError:  # not begun either
+            summary = Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+        return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
 
 
 class _Columns:

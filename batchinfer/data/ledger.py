@@ -3,7 +3,7 @@
     lock                    flock of the running process; holds its pid, host and start
     leases/<epoch>.json     one a run: who, where, since when
     job.json                what decides the completions, written once
-    plan-000.parquet        the frozen units and the files they come from
+    plan-000.parquet        the frozen units and the files they come from (plan.py)
     wal/                    finished rows of unfinished units (journal.py)
     staged/                 written parts that are not committed yet
     commits/<unit>.json     put if absent: the moment at which a unit's rows exist
@@ -26,7 +26,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.cache import digest
-from batchinfer.data import manifest
+from batchinfer.data import manifest, plan
 from batchinfer.data.lock import Lock, holder, is_running, lives
-from batchinfer.data.source import InputFile, Source, Unit
+from batchinfer.data.source import Source, Unit
 from batchinfer.data.store import LocalStore
-from batchinfer.errors import DriftError, IntegrityError, OutputError
-
-PLAN = "plan-000.parquet"
+from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,9 @@ class Ledger:
         self.epoch = 0
         self.units: list[Unit] = []
         self.commits: dict[int, Commit] = {}
+        self._planned: plan.Files = {}
+        self._plans = 0
+        self._appended: bytes | None = None  # a further plan, to be written when the run begins
         self.identity: dict[str, Any] | None = None  # job.json; None: this output was not begun
 
     def __enter__(self) -> Ledger:
@@ -113,15 +114,16 @@ class Ledger:
             operational: kept for later runs to look at; may change.
 
         Raises:
-            DriftError: ``semantic`` differs from what the output was begun with.
+            JobDriftError: ``semantic`` differs from what the output was begun with.
         """
         semantic = json.loads(json.dumps(semantic, default=list))
         if self.identity is not None:
             self.check_semantic(semantic)
+            self._write_appended()
         else:
             self._claim_output()
             self.units = source.units(unit_rows)
-            self.store.replace(PLAN, _plan_bytes(self.units, source.files))
+            self.store.replace(plan.name_of(0), plan.encode(self.units, source.files))
             self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
         self.identity = {**self.identity, **operational}
         manifest.withdraw(self.store)
@@ -136,43 +138,37 @@ class Ledger:
             self.epoch += 1
 
     def check_semantic(self, semantic: dict[str, Any], sections: tuple[str, ...] = ()) -> None:
-        """Raises: DriftError with a readable difference. ``sections``: compare these top-level keys alone."""
+        """Raises: JobDriftError with a readable difference. ``sections``: compare these top-level keys alone."""
         assert self.identity is not None
         before, now = self.identity["semantic"], json.loads(json.dumps(semantic, default=list))
         if sections:
             before, now = ({k: tree.get(k) for k in sections} for tree in (before, now))
         if changes := list(_differences(before, now)):
-            raise DriftError(
+            raise JobDriftError(
                 f"the job differs from the one that {self.output} was begun with:\n  "
                 + "\n  ".join(changes)
-                + "\nrows of two jobs would be mixed. Undo the change, or choose another output.path"
+                + "\nrows of two jobs would be mixed. Undo the change, choose another output.path, or begin beside it "
+                "with --fork"
             )
 
-    def check_input(self, source: Source) -> None:
-        """Raises: DriftError naming the first input file that was changed, removed or added since the plan was made."""
-        planned, found = self.planned_files(), source.files
-        for name, file in planned.items():
-            if name not in found:
-                raise DriftError(f"input file {name} ({file['path']}) was there when the output was begun and is gone")
-            now = asdict(found[name])
-            changed = [key for key in ("size", "mtime_ns", "footer") if now[key] != file[key]]
-            if changed:
-                raise DriftError(
-                    f"input file {now['path']} was changed since the output was begun: {changed[0]} was "
-                    f"{file[changed[0]]}, is {now[changed[0]]}. Put the old file back, or choose another output.path"
-                )
-        if added := sorted(found.keys() - planned.keys()):
-            raise DriftError(
-                f"input file {found[added[0]].path} was added since the output was begun"
-                + (f" (and {len(added) - 1} more)" if len(added) > 1 else "")
-                + ". Take it away, or choose another output.path"
-            )
+    def check_input(self, source: Source, on_change: str = "error", unit_rows: int = 1024) -> Source:
+        """The source to go on with, whose schema is the one that the output was begun with.
 
-    def planned_files(self) -> dict[str, dict[str, Any]]:
-        """Name → path, size, mtime_ns and footer of each input file, as planned."""
-        plan = pq.read_table(pa.BufferReader(self.store.read(PLAN)))
-        rows = plan.select(["file", "path", "size", "mtime_ns", "footer"])
-        return {row["file"]: row for row in rows.group_by(rows.column_names).aggregate([]).to_pylist()}
+        Args:
+            on_change: what becomes of files added since then. ``"append"``: units of ``unit_rows`` after the old ones,
+                for good once ``begin`` is called; ``"ignore"``: nothing; ``"error"``: a DriftError.
+
+        Raises:
+            DriftError: a planned file was changed or removed, whatever ``on_change`` says, or files were added that may
+                not be, or have other columns.
+        """
+        source, added = plan.continued(self._planned, source, on_change)
+        if added:
+            units = source.only(added).units(unit_rows)
+            fresh = [replace(unit, index=len(self.units) + unit.index) for unit in units]
+            self._appended = plan.encode(fresh, source.files)
+            self.units = [*self.units, *fresh]
+        return source
 
     # ---- units and their commits
 
@@ -239,24 +235,29 @@ class Ledger:
     def _load(self) -> None:
         try:
             self.identity = json.loads(self.store.read("job.json"))
-            plan = pq.read_table(pa.BufferReader(self.store.read(PLAN)))
+            self.units, self._planned, self._plans = plan.read(self.store)
         except FileNotFoundError as error:
             self.identity = None
             if self.store.list("commits"):
                 raise IntegrityError(f"{error.filename} is missing, and units were committed under it") from None
             return
-        except (ValueError, pa.ArrowException) as error:
-            raise IntegrityError(f"{self.store.root} is damaged: {error}") from None
-        self.units = [
-            Unit(u["unit"], u["file"], u["first_row"], u["rows"], (u["first_row_group"], u["last_row_group"]))
-            for u in plan.drop_columns(["path", "size", "mtime_ns", "footer"]).to_pylist()
-        ]
+        except ValueError as error:
+            raise IntegrityError(f"{self.store.path('job.json')} is damaged: {error}") from None
         for name in self.store.list("commits", ".json"):
             commit = self._read_commit(name)
             self.commits[commit.unit] = commit
+        if stray := self.commits.keys() - range(len(self.units)):
+            raise IntegrityError(f"{self.store.root} lacks a plan: unit {min(stray)} is committed and in none")
         for commit in self.commits.values():
             self._check_published(commit)
         self._clear()
+
+    def _write_appended(self) -> None:
+        if self._appended is None:
+            return
+        if not self.store.put_if_absent(plan.name_of(self._plans), self._appended):
+            raise LockedError(f"another run has just appended input files to {self.output}; run again")
+        self._plans, self._appended = self._plans + 1, None
 
     def _read_commit(self, name: str) -> Commit:
         try:
@@ -320,27 +321,6 @@ class Ledger:
     @staticmethod
     def _staged(unit: int, epoch: int) -> str:
         return f"staged/{unit:06d}.{epoch}"
-
-
-def _plan_bytes(units: list[Unit], files: dict[str, InputFile]) -> bytes:
-    of = [files[unit.file] for unit in units]
-    table = pa.table(
-        {
-            "unit": pa.array([unit.index for unit in units], pa.int64()),
-            "file": pa.array([unit.file for unit in units], pa.string()),
-            "first_row": pa.array([unit.first_row for unit in units], pa.int64()),
-            "rows": pa.array([unit.rows for unit in units], pa.int64()),
-            "first_row_group": pa.array([unit.row_groups[0] for unit in units], pa.int32()),
-            "last_row_group": pa.array([unit.row_groups[1] for unit in units], pa.int32()),
-            "path": pa.array([file.path for file in of], pa.string()),
-            "size": pa.array([file.size for file in of], pa.int64()),
-            "mtime_ns": pa.array([file.mtime_ns for file in of], pa.int64()),
-            "footer": pa.array([file.footer for file in of], pa.string()),
-        }
-    )
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue().to_pybytes()
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

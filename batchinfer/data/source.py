@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import os
@@ -62,7 +63,7 @@ class Unit:
 
 
 class Source:
-    """All input files and their common schema. Files of this job's own ``output`` that lie among them are passed over.
+    """All input files and their common schema. The job's own ``output``, and its forks, are passed over among them.
 
     Files may differ in the order of columns, lack columns (read as null) and differ in types where one holds the
     other, int32 and int64 for instance.
@@ -77,7 +78,15 @@ class Source:
         with ThreadPoolExecutor(16) as pool:
             looked = list(pool.map(_look, names, names.values()))
         self.files = {file.name: file for file, _ in looked}
-        self.schema = _unify([(file.path, schema) for file, schema in looked])
+        self._schemas = {file.name: (file.path, schema) for file, schema in looked}
+        self.schema = _unify(list(self._schemas.values()))
+
+    def only(self, names: Iterable[str]) -> Source:
+        """The same source with these of its files, in this order, and the schema that they have in common."""
+        fewer = copy.copy(self)
+        fewer.files = {name: self.files[name] for name in names}
+        fewer.schema = _unify([self._schemas[name] for name in fewer.files])
+        return fewer
 
     @property
     def rows(self) -> int:
@@ -145,8 +154,8 @@ def _find(paths: Sequence[str], output: str | None) -> dict[str, str]:
             raise InputError(f"no input at {given}: expected a Parquet file, a glob or a folder")
         found.update(dict.fromkeys(inside))
     if output is not None:
-        own = os.path.abspath(os.path.expanduser(output))
-        found = {path: None for path in found if not path.startswith((f"{own}/", f"{own}.batchinfer/"))}
+        own = tuple(f"{path}{end}" for path in _outputs(output) for end in ("/", ".batchinfer/"))
+        found = {path: None for path in found if not path.startswith(own)}
     if not found:
         raise InputError("input.path names nothing but this job's own output; name a Parquet file, a glob or a folder")
     root = os.path.commonpath(roots)
@@ -157,6 +166,13 @@ def _find(paths: Sequence[str], output: str | None) -> dict[str, str]:
         except UnicodeEncodeError:
             raise InputError(f"the name of the input file {name!r} is not valid UTF-8; rename it") from None
     return dict(sorted(names.items(), key=lambda item: item[0].split("/")))
+
+
+def _outputs(output: str) -> list[str]:
+    """An output and its forks, OUT-2 and so on, which are known by their control folders."""
+    own = os.path.abspath(os.path.expanduser(output))
+    beside = (path.removesuffix(".batchinfer") for path in glob.glob(f"{glob.escape(own)}-*.batchinfer"))
+    return [own, *(path for path in beside if path[len(own) + 1 :].isdigit())]
 
 
 def _walk(folder: str) -> list[str]:

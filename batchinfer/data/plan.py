@@ -1,0 +1,124 @@
+"""Plan: the frozen units of an output and the files they come from; and whether the input is still that one.
+
+``plan-000.parquet`` is written when an output is begun, ``plan-001.parquet`` and so on when files are appended to its
+input. None ever changes. Units are numbered through all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.data.source import InputFile, Source, Unit
+from batchinfer.data.store import LocalStore
+from batchinfer.errors import DriftError, IntegrityError
+
+OF_FILE = ("path", "size", "mtime_ns", "footer")
+Files = dict[str, dict[str, Any]]  # name → OF_FILE, in the order of the plan
+
+
+def name_of(number: int) -> str:
+    return f"plan-{number:03d}.parquet"
+
+
+def read(store: LocalStore) -> tuple[list[Unit], Files, int]:
+    """Units, files and how many plans there are.
+
+    Raises: FileNotFoundError if none was written, IntegrityError if one is damaged or missing.
+    """
+    names = [name for name in store.list(".", ".parquet") if name.startswith("plan-")]
+    count = max(1, len(names))
+    units: list[Unit] = []
+    files: Files = {}
+    for number in range(count):
+        try:
+            rows = pq.read_table(pa.BufferReader(store.read(name_of(number)))).to_pylist()
+        except (ValueError, pa.ArrowException) as error:
+            raise IntegrityError(f"{store.path(name_of(number))} is damaged: {error}") from None
+        for row in rows:
+            files[row["file"]] = {key: row[key] for key in OF_FILE}
+            groups = (row["first_row_group"], row["last_row_group"])
+            units.append(Unit(row["unit"], row["file"], row["first_row"], row["rows"], groups))
+    if [unit.index for unit in units] != list(range(len(units))):
+        raise IntegrityError(f"the plans in {store.root} do not follow each other: units are missing or there twice")
+    return units, files, count
+
+
+def encode(units: Iterable[Unit], files: Mapping[str, InputFile]) -> bytes:
+    units = list(units)
+    of = [files[unit.file] for unit in units]
+    table = pa.table(
+        {
+            "unit": pa.array([unit.index for unit in units], pa.int64()),
+            "file": pa.array([unit.file for unit in units], pa.string()),
+            "first_row": pa.array([unit.first_row for unit in units], pa.int64()),
+            "rows": pa.array([unit.rows for unit in units], pa.int64()),
+            "first_row_group": pa.array([unit.row_groups[0] for unit in units], pa.int32()),
+            "last_row_group": pa.array([unit.row_groups[1] for unit in units], pa.int32()),
+            "path": pa.array([file.path for file in of], pa.string()),
+            "size": pa.array([file.size for file in of], pa.int64()),
+            "mtime_ns": pa.array([file.mtime_ns for file in of], pa.int64()),
+            "footer": pa.array([file.footer for file in of], pa.string()),
+        }
+    )
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes()
+
+
+def continued(planned: Files, source: Source, on_change: str) -> tuple[Source, list[str]]:
+    """The source to go on with, with the columns that the plan was made for, and which of its files are not planned.
+
+    Raises:
+        DriftError: a planned file was changed or is gone, whatever ``on_change`` says; files were added that it does
+            not allow, or that have other columns.
+    """
+    _check_unchanged(planned, source)
+    before = source.only(planned)
+    added = [name for name in source.files if name not in planned]
+    if not added or on_change == "ignore":
+        return before, []
+    if on_change == "error":
+        more = f" (and {len(added) - 1} more)" if len(added) > 1 else ""
+        raise DriftError(
+            f"input file {source.files[added[0]].path} was added since the output was begun{more}. "
+            "--on-input-change append takes up what was added, ignore passes over it; or choose another output.path"
+        )
+    grown = source.only([*planned, *added])
+    _check_same_columns(before, grown)
+    return grown, added
+
+
+def _check_unchanged(planned: Files, source: Source) -> None:
+    for name, file in planned.items():
+        if name not in source.files:
+            raise DriftError(
+                f"input file {name} ({file['path']}) was there when the output was begun and is gone. Put it back, or "
+                "choose another output.path"
+            )
+        now = asdict(source.files[name])
+        changed = [key for key in ("size", "mtime_ns", "footer") if now[key] != file[key]]
+        if changed:
+            raise DriftError(
+                f"input file {now['path']} was changed since the output was begun: {changed[0]} was "
+                f"{file[changed[0]]}, is {now[changed[0]]}. Put the old file back, or choose another output.path"
+            )
+
+
+def _told(column: pa.Field) -> str:
+    return f"{column.name}: {column.type}{'' if column.nullable else ' not null'}"
+
+
+def _check_same_columns(before: Source, grown: Source) -> None:
+    old, new = ([_told(column) for column in source.schema] for source in (before, grown))
+    if old != new:
+        changes = [f"- {column}" for column in old if column not in new]
+        changes += [f"+ {column}" for column in new if column not in old]
+        raise DriftError(
+            "the added input files have other columns than those that the output was begun with, and all its parts "
+            "must be alike:\n  " + "\n  ".join(changes) + "\nmake the files alike, or choose another output.path"
+        )
