@@ -14,7 +14,7 @@ void add_rms_norm_row(float* residual, const T* delta, const float* weight, floa
         for (int k = 0; k < 2; ++k) {
             vf x = load<vf>(residual + i + k * VL);
             if (delta) store(residual + i + k * VL, x += load_float(delta + i + k * VL));
-            squares[k] += x * x;
+            squares[k] = fused(x, x, squares[k]);
         }
     for (; i < hidden; ++i) {
         float x = residual[i];

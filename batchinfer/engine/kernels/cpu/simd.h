@@ -77,8 +77,7 @@ INLINE vi lane_index() {
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// a * b + c, rounded once where the machine can. A sum of two products is written with it where results must not depend
-// on the function that they are inlined into: left to itself, a compiler fuses one product here and the other there.
+// a * b + c, rounded once where the machine can. The compiler is told to fuse nothing by itself (library.py).
 INLINE vf fused(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -151,17 +150,17 @@ INLINE float largest(vf v) { return largest_of<VL>(v); }
 INLINE vf exp(vf x) {
     const vf low = all(-87.3365f), round = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
     vf clamped = min(max(x, low), all(88.3762f));
-    vf shifted = clamped * 1.44269504088896341f + round;
+    vf shifted = fused(clamped, all(1.44269504088896341f), round);
     vf n = shifted - round;
-    vf r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    vf r = fused(n, all(-0.693359375f), clamped);
+    r = fused(n, all(2.12194440e-4f), r);
     vf p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = fused(p, r, all(1.3981999507e-3f));
+    p = fused(p, r, all(8.3334519073e-3f));
+    p = fused(p, r, all(4.1665795894e-2f));
+    p = fused(p, r, all(1.6666665459e-1f));
+    p = fused(p, r, all(5.0000001201e-1f));
+    p = fused(p, r * r, r) + 1.0f;
     vi power = (bits<vi>(shifted) - bits<vi>(round) + 127) << 23;
     vf y = p * bits<vf>(power);
     return x < low ? vf{} : y;
@@ -185,17 +184,17 @@ INLINE vf exp2(vf x) {
     vf p;
     if constexpr (DEGREE == 6) {
         p = all(1.5345812e-4f);
-        p = p * r + 1.3399931e-3f;
-        p = p * r + 9.618489e-3f;
-        p = p * r + 5.5503286e-2f;
-        p = p * r + 2.4022646e-1f;
-        p = p * r + 6.931472e-1f;
-        p = p * r + 1.0f;
+        p = fused(p, r, all(1.3399931e-3f));
+        p = fused(p, r, all(9.618489e-3f));
+        p = fused(p, r, all(5.5503286e-2f));
+        p = fused(p, r, all(2.4022646e-1f));
+        p = fused(p, r, all(6.931472e-1f));
+        p = fused(p, r, all(1.0f));
     } else {
         p = all(5.517167e-2f);
-        p = p * r + 2.4261113e-1f;
-        p = p * r + 6.9326097e-1f;
-        p = p * r + 9.9992806e-1f;
+        p = fused(p, r, all(2.4261113e-1f));
+        p = fused(p, r, all(6.9326097e-1f));
+        p = fused(p, r, all(9.9992806e-1f));
     }
 #if defined(__AVX512F__)
     // Masked, since a result that is not a normal float costs a microcode assist of a hundred cycles.

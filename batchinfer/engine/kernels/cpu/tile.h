@@ -42,7 +42,7 @@ struct Lanes {
         else
 #endif
         {
-            for (int i = 0; i < PER_LANE<T>; ++i) sum += part[i] * float(with[i]);
+            for (int i = 0; i < PER_LANE<T>; ++i) sum = fused(part[i], all(float(with[i])), sum);
             return sum;
         }
     }
