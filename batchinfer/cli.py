@@ -217,6 +217,25 @@ def status(job_or_output: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
+@click.option("-o", "--output", metavar="FILE", help="The page; OUT.batchinfer/report.html unless given.")
+@click.option("--samples", type=click.IntRange(0), default=6, show_default=True, help="Completions to show.")
+@verbose_option
+def report(job_or_output: str, output: str | None, samples: int) -> None:
+    """Write a page with plots about an output, also while it is made. It is one HTML file and needs no network."""
+    from batchinfer.data.page import page
+    from batchinfer.data.survey import survey
+
+    found = survey(_output_of(job_or_output), samples)
+    target = Path(output) if output else Path(f"{found.output}.batchinfer", "report.html")
+    try:
+        target.write_text(page(found), "utf-8")
+    except OSError as error:
+        raise JobError(f"cannot write {target}: {error.strerror}; -o names another file") from None
+    click.echo(str(target))
+
+
+@main.command()
+@click.argument("job_or_output", metavar="JOB.toml|OUT")
 @verbose_option
 def verify(job_or_output: str) -> None:
     """Read everything committed again and compare checksums and row counts; the manifest too, once it is there."""

@@ -55,3 +55,14 @@ def test_plan_wants_sense():
     assert invoke("plan", "job.toml", "--tok-s", "0").exit_code == 2
     assert invoke("plan", "job.toml", "--sample", "0").exit_code == 2
     assert invoke("plan", "missing.toml").exit_code == 2
+
+
+def test_report_writes_one_page_beside_the_output_or_where_it_is_told(demo_tokenizer_dir, folder):
+    assert "no job was begun" in invoke("report", "out").stderr
+    invoke("run", "job.toml", "-q")
+    beside = folder / "out.batchinfer" / "report.html"
+    assert invoke("report", "job.toml").stdout.strip() == str(beside)
+    assert "birds &amp; co" in beside.read_text() and "&lt;b&gt;Two" in beside.read_text()
+    assert invoke("report", "out", "-o", "here.html", "--samples", "0").exit_code == 0
+    assert "Two" not in (folder / "here.html").read_text()
+    assert "cannot write nowhere/x.html" in invoke("report", "out", "-o", "nowhere/x.html").stderr
