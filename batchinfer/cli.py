@@ -298,6 +298,19 @@ def import_openai(
 
 
 @main.command()
+@click.argument("job_or_output", metavar="JOB.toml|OUT")
+@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@json_option
+@verbose_option
+def vacuum(job_or_output: str, dry_run: bool, as_json: bool) -> None:
+    """Remove what killed runs left behind and no commit refers to."""
+    from batchinfer.data.vacuum import vacuum as clean
+
+    done = clean(_output_of(job_or_output), dry_run)
+    click.echo(json.dumps(done.as_dict()) if as_json else str(done))
+
+
+@main.command()
 @click.argument("path", metavar="[JOB.toml]", default="job.toml")
 def init(path: str) -> None:
     """Write a commented job file to start from."""

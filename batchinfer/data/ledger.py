@@ -119,7 +119,6 @@ class Ledger:
         semantic = json.loads(json.dumps(semantic, default=list))
         if self.identity is not None:
             self.check_semantic(semantic)
-            self._write_appended()
         else:
             self._claim_output()
             self.units = source.units(unit_rows)
@@ -127,6 +126,7 @@ class Ledger:
             self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
         self.identity = {**self.identity, **operational}
         manifest.withdraw(self.store)
+        self._write_appended()
         self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
         for folder in ("leases", "wal", "staged", "commits"):
             self.store.make_folder(folder)
@@ -286,18 +286,21 @@ class Ledger:
             if not (self.output / commit.part).exists():  # else another run published it for us
                 raise
 
-    def _clear(self) -> None:
-        """Remove what dead runs left. The lock is ours; should it not hold on this file system, a live run's stay."""
+    def left_behind(self) -> Iterator[str]:
+        """What dead runs left in the control folder. If the lock does not hold here, live runs keep theirs."""
         alive = {
             name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if lives(self.store, name)
         }
         staged = self.store.list("staged")
-        self.store.remove(f"staged/{name}" for name in staged if name.rpartition(".")[2] not in alive)
+        yield from (f"staged/{name}" for name in staged if name.rpartition(".")[2] not in alive)
         for folder in (".", "commits", "leases"):
             temporary = self.store.list(folder, ".tmp")
-            self.store.remove(f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
+            yield from (f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
         logs = self.store.list("wal", ".arrows")
-        self.store.remove(f"wal/{name}" for name in logs if int(name.split(".")[0]) in self.commits)
+        yield from (f"wal/{name}" for name in logs if int(name.split(".")[0]) in self.commits)
+
+    def _clear(self) -> None:
+        self.store.remove(self.left_behind())
 
     def _claim_output(self) -> None:
         """Raises: OutputError if OUT holds somebody else's files or is another file system than its control folder."""

@@ -1,0 +1,93 @@
+"""Vacuum: remove what killed runs left behind and no commit refers to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.lock import lives
+from batchinfer.data.look import look
+from batchinfer.errors import OutputError
+
+PART = re.compile(r"part-\d+-\d+\.parquet")  # Ledger.part_name
+
+
+@dataclass
+class Vacuumed:
+    """What was removed, or would be."""
+
+    output: Path
+    dry_run: bool
+    files: dict[str, int] = field(default_factory=dict)  # path → bytes
+    foreign: list[str] = field(default_factory=list)  # files in OUT that are nobody's parts; they stay
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "output": str(self.output), "bytes": sum(self.files.values())}
+
+    def __str__(self) -> str:
+        lines = list(self.files)
+        lines += [f"{path} stays: batchinfer did not write it" for path in self.foreign]
+        verb, size = "would remove" if self.dry_run else "removed", sum(self.files.values())
+        done = f"{verb} {len(self.files):,} file(s), {size:,} bytes" if self.files else "nothing to remove"
+        return "\n".join([*lines, f"{done} · {self.output}"])
+
+
+def vacuum(output: str | os.PathLike[str], dry_run: bool = False) -> Vacuumed:
+    """Remove parts that were never committed, staged parts, logs of committed units, half-written control files and all
+    leases but the last. What a later run may need stays.
+
+    Args:
+        dry_run: change nothing.
+
+    Raises:
+        JobError: no job was begun there.
+        LockedError: a run holds the output.
+        IntegrityError: a committed part is missing or has another size; nothing is removed, as a stray file may be it.
+    """
+    look(output)
+    with _Resting(output) as ledger:
+        done = Vacuumed(ledger.output, dry_run)
+        committed = {commit.part for commit in ledger.commits.values()}
+        for path in sorted(p for p in ledger.output.rglob("*") if not p.is_dir()):
+            if not PART.fullmatch(path.name):
+                done.foreign.append(str(path))
+            elif path.relative_to(ledger.output).as_posix() not in committed:
+                done.files[str(path)] = path.lstat().st_size
+        for name in ledger.left_behind():
+            path = ledger.store.path(name)
+            done.files[str(path)] = path.lstat().st_size
+        if not dry_run:
+            _remove(done.files)
+    return done
+
+
+class _Resting(Ledger):
+    """A ledger that is held and left as it is."""
+
+    def __init__(self, output: str | os.PathLike[str]) -> None:
+        super().__init__(output)
+        self._due: set[str] = set()  # staged parts that the next run will move into OUT
+
+    def _publish(self, commit: Commit) -> None:
+        self._due.add(self._staged(commit.unit, commit.epoch))
+
+    def _clear(self) -> None:
+        """For ``left_behind``."""
+
+    def left_behind(self) -> Iterator[str]:
+        yield from (name for name in super().left_behind() if name not in self._due)
+        *old, _ = self.store.list("leases", ".json") or [""]  # the last says which epoch is next
+        yield from (f"leases/{name}" for name in old if not lives(self.store, name))
+
+
+def _remove(paths: dict[str, int]) -> None:
+    for path in paths:
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot remove {path}: {error.strerror}") from None
