@@ -41,18 +41,23 @@ def _written_as(parse: Any) -> tuple[Any, Any]:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
-Paths = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Moment = Annotated[(str, *_written_as(deadline.moment))]
 Span = Annotated[(str, *_written_as(deadline.seconds))]
 
 
 class InputSection(Section):
-    path: Paths = Field(description="Parquet files, globs or folders")
+    path: SomeStrings = Field(description="Parquet files, globs or folders")
     on_change: Literal["error", "append", "ignore"] = Field(
         "error", description="files added since the output was begun: refused, taken up last, or passed over"
     )
     id_column: str | None = Field(None, description="a column that names rows, always carried along; rows need none")
+    columns: SomeStrings | None = Field(None, description="columns to read; none given: all")
+    filter: str | None = Field(None, description="SQL over a row's columns: \"lang = 'en' AND length(text) > 20\"")
+    sample: float = Field(1.0, gt=0, le=1, description="the share of rows to draw, each by its address")
+    sample_seed: int = Field(0, ge=-(2**63), lt=2**63, description="another seed draws other rows")
+    limit: int = Field(0, ge=0, description="only the first rows, after filter and sample; 0: all")
 
 
 class PromptSection(Section):
@@ -227,7 +232,9 @@ class Job(Section):
         The engine adds its own part (weights, tokenizer, dtype): see ``Backend.fingerprint``.
         """
         columns = self.output.columns and (*filter(None, [self.input.id_column]), *self.output.columns)
+        chosen = {"columns", "filter", "sample", "sample_seed", "limit"}
         return {
+            "input": self.input.model_dump(mode="json", include=chosen),
             "prompt": self.prompt.model_dump(mode="json"),
             "sampling": self.sampling.model_dump(mode="json"),
             "output": {"columns": columns, "prefix": self.output.prefix},

@@ -92,7 +92,7 @@ def _run(
     Raises: JobDriftError if it is another job's, else as ``run``.
     """
     try:
-        source = Source(job.input.path, first)
+        source = Source.of(job, first)
         columns = _Columns(job, source)
         with Ledger(job.output.path) as ledger:
             if ledger.identity is not None:

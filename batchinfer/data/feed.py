@@ -126,7 +126,7 @@ class Feed(Worker):
 
     def _render(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> list[Request | Completion]:
         keys = [(unit.index, row) for row in rows]
-        seeds = row_seeds(self._job_seed, unit.file, [unit.first_row + row for row in rows])
+        seeds = row_seeds(self._job_seed, unit.file, unit.row_numbers(rows))
         return self._renderer.render(_rows(prompts, rows), keys, seeds)
 
     def _pass_on(self, rendering: Future[list[Request | Completion]]) -> None:

@@ -164,9 +164,10 @@ class Ledger:
         """
         source, added = plan.continued(self._planned, source, on_change)
         if added:
-            units = source.only(added).units(unit_rows)
+            more = source.only(added)
+            units = more.units(unit_rows, taken=self.rows)
             fresh = [replace(unit, index=len(self.units) + unit.index) for unit in units]
-            self._appended = plan.encode(fresh, source.files)
+            self._appended = plan.encode(fresh, more.files)
             self.units = [*self.units, *fresh]
         return source
 

@@ -25,6 +25,7 @@ class Findings:
     files: int
     rows: int
     columns: tuple[str, ...]  # those that prompts and sampling parameters are made of
+    chooses: bool = False  # whether filter, sample or limit leave some of the rows out
     tried: int = 0  # rows turned into prompts
     prompt_tokens: int = 0  # of those
     failures: dict[int, str] = field(default_factory=dict)  # row, over all files → why it cannot be asked
@@ -35,7 +36,8 @@ class Findings:
     def __str__(self) -> str:
         used = f"uses {', '.join(self.columns)}" if self.columns else "uses no column"
         files = f"{self.files:,} files" if self.files > 1 else "one file"
-        lines = [f"The job is valid: {self.rows:,} rows in {files}, {used}"]
+        some = ", of which filter, sample and limit choose" if self.chooses else ""
+        lines = [f"The job is valid: {self.rows:,} rows in {files}{some}, {used}"]
         if self.tried:
             asked = self.tried - len(self.failures)
             lines.append(
@@ -57,14 +59,14 @@ def check_job(job: Job, rows: int = 0) -> Findings:
     """
     from batchinfer.engine.model.source import ModelSource
 
-    source = Source(job.input.path, job.output.path)
+    source = Source.of(job)
     columns = check_columns(job.prompt, job.sampling, source.schema)
     OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
     if job.engine.plan is None:
         ModelSource.resolve(job.model.path)
     elif not os.path.isdir(job.engine.plan):
         raise JobError(f"engine.plan: no engine folder at {job.engine.plan}; `batchinfer build` makes one")
-    findings = Findings(len(source.files), source.rows, columns)
+    findings = Findings(len(source.files), source.rows, columns, source.chooses)
     if rows > 0:
         _try_rows(job, source, rows, findings)
     return findings

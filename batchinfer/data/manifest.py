@@ -88,7 +88,7 @@ def describe(ledger: Ledger) -> dict[str, Any]:
                 "bytes": commit.bytes,
                 "sha256": commit.sha256,
                 "unit": unit.index,
-                "source": {"file": unit.file, "first_row": unit.first_row, "end_row": unit.first_row + unit.rows},
+                "source": {"file": unit.file, "first_row": unit.first_row, "end_row": unit.end_row},
             }
             for unit, commit in zip(ledger.units, commits)
         ],

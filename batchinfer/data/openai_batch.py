@@ -63,7 +63,7 @@ def export_requests(
         InputError: the input cannot be used, or none of its rows can be asked.
         OutputError: a file cannot be written, or stands there already.
     """
-    source = Source(job.input.path, job.output.path)
+    source = Source.of(job)
     columns = check_columns(job.prompt, job.sampling, source.schema)
     named = () if job.input.id_column is None else (job.input.id_column,)
     lines = _Lines(job, model)
@@ -94,7 +94,7 @@ def custom_ids(unit: Unit, rows: pa.Table | None, id_column: str | None) -> list
     if id_column is not None:
         assert rows is not None
         names = to_values(id_column, rows.column(id_column))
-    return [_custom_id(unit.file, unit.first_row + row, name) for row, name in enumerate(names)]
+    return [_custom_id(unit.file, row, name) for row, name in zip(unit.row_numbers(range(unit.rows)), names)]
 
 
 def _custom_id(file: str, row: int, name: Any) -> str:
@@ -118,7 +118,7 @@ class _Lines:
         """The custom_id of each row with its line, or why there is none."""
         columns = dict.fromkeys((*self._prompt.columns, *self._sampling.columns))
         cells = {name: to_values(name, rows.column(name)) for name in columns}
-        seeds = row_seeds(self._job.sampling.seed, unit.file, range(unit.first_row, unit.first_row + unit.rows))
+        seeds = row_seeds(self._job.sampling.seed, unit.file, unit.row_numbers(range(unit.rows)))
         params = self._sampling.of_rows(cells, seeds)
         for i, custom_id in enumerate(custom_ids(unit, rows, self._job.input.id_column)):
             try:

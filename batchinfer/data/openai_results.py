@@ -41,11 +41,11 @@ def import_results(job: Job, paths: Sequence[str]) -> Summary:
         DriftError: the output was begun by something else, another job, other results, or a run.
     """
     begun = time.perf_counter()
-    source = Source(job.input.path, job.output.path)
+    source = Source.of(job)
     columns = OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
     with Results(paths) as results, Ledger(job.output.path) as ledger:
         if ledger.identity is not None:
-            ledger.check_input(source)
+            source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
         _check_known(results, source, ledger.units or source.units(job.checkpoint.unit_rows), job.input.id_column)
         model = ", ".join(sorted(results.models)[:3])
         ledger.begin(
@@ -71,7 +71,8 @@ def _make(job: Job, source: Source, columns: OutputSchema, ledger: Ledger, resul
         window.leave(finished.unit.rows, finished.carried.nbytes)
 
     footer = {"batchinfer.job": job.job.name, "batchinfer.model": model}
-    read = columns.carried or source.schema.names[:1]
+    named = () if job.input.id_column is None else (job.input.id_column,)
+    read = list(dict.fromkeys((*columns.carried, *named))) or source.schema.names[:1]
     with (
         Sink(ledger, columns, job.output.compression, footer, committed, halt) as sink,
         closing(source.read(ledger.pending(), read)) as units,

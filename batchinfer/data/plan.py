@@ -36,33 +36,45 @@ def read(store: LocalStore) -> tuple[list[Unit], Files, int]:
     files: Files = {}
     for number in range(count):
         try:
-            rows = pq.read_table(pa.BufferReader(store.read(name_of(number)))).to_pylist()
-        except (ValueError, pa.ArrowException) as error:
+            rows = pq.read_table(pa.BufferReader(store.read(name_of(number))))
+            picked = rows["picked"]
+        except (ValueError, KeyError, pa.ArrowException) as error:
             raise IntegrityError(f"{store.path(name_of(number))} is damaged: {error}") from None
-        for row in rows:
+        for row, own in zip(rows.drop_columns(["picked"]).to_pylist(), picked):
             files[row["file"]] = {key: row[key] for key in OF_FILE}
-            groups = (row["first_row_group"], row["last_row_group"])
-            units.append(Unit(row["unit"], row["file"], row["first_row"], row["rows"], groups))
+            if row["unit"] is not None:
+                groups = (row["first_row_group"], row["last_row_group"])
+                numbers = own.values.to_numpy() if own.is_valid else None
+                units.append(Unit(row["unit"], row["file"], row["first_row"], row["rows"], groups, numbers))
     if [unit.index for unit in units] != list(range(len(units))):
         raise IntegrityError(f"the plans in {store.root} do not follow each other: units are missing or there twice")
     return units, files, count
 
 
 def encode(units: Iterable[Unit], files: Mapping[str, InputFile]) -> bytes:
-    units = list(units)
-    of = [files[unit.file] for unit in units]
+    """A row for each unit, and one for each file without units, which may not change either; in the files' order."""
+    own: dict[str, list[Unit | None]] = {}
+    for unit in units:
+        own.setdefault(unit.file, []).append(unit)
+    rows = [(file, unit) for name, file in files.items() for unit in own.get(name, [None])]
+    groups = [unit.row_groups if unit else (None, None) for _, unit in rows]
+
+    def of_unit(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array([unit and getattr(unit, name) for _, unit in rows], kind)
+
     table = pa.table(
         {
-            "unit": pa.array([unit.index for unit in units], pa.int64()),
-            "file": pa.array([unit.file for unit in units], pa.string()),
-            "first_row": pa.array([unit.first_row for unit in units], pa.int64()),
-            "rows": pa.array([unit.rows for unit in units], pa.int64()),
-            "first_row_group": pa.array([unit.row_groups[0] for unit in units], pa.int32()),
-            "last_row_group": pa.array([unit.row_groups[1] for unit in units], pa.int32()),
-            "path": pa.array([file.path for file in of], pa.string()),
-            "size": pa.array([file.size for file in of], pa.int64()),
-            "mtime_ns": pa.array([file.mtime_ns for file in of], pa.int64()),
-            "footer": pa.array([file.footer for file in of], pa.string()),
+            "unit": of_unit("index", pa.int64()),
+            "file": pa.array([file.name for file, _ in rows], pa.string()),
+            "first_row": of_unit("first_row", pa.int64()),
+            "rows": of_unit("rows", pa.int64()),
+            "first_row_group": pa.array([first for first, _ in groups], pa.int32()),
+            "last_row_group": pa.array([last for _, last in groups], pa.int32()),
+            "picked": of_unit("picked", pa.list_(pa.uint32())),
+            "path": pa.array([file.path for file, _ in rows], pa.string()),
+            "size": pa.array([file.size for file, _ in rows], pa.int64()),
+            "mtime_ns": pa.array([file.mtime_ns for file, _ in rows], pa.int64()),
+            "footer": pa.array([file.footer for file, _ in rows], pa.string()),
         }
     )
     buffer = pa.BufferOutputStream()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from batchinfer.data.columns import find_column
 from batchinfer.data.journal import FinishedUnit, ResultSchema, Tally
 from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.partitions import is_partition
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import JobError
 from batchinfer.job import OutputSection
@@ -39,7 +40,9 @@ class OutputSchema:
             find_column(available, name, "input.id_column")
         for name in output.columns or ():
             find_column(available, name, "output.columns")
-        self.carried = list(available.names if output.columns is None else dict.fromkeys((*named, *output.columns)))
+        own = [column.name for column in available if not is_partition(column)]  # their folders say the others
+        wanted = own if output.columns is None else dict.fromkeys((*named, *output.columns))
+        self.carried = [name for name in wanted if name in own]
         self.results = [output.prefix + name for name in results.columns.names]
         if clash := [name for name in self.results if name in self.carried]:
             raise JobError(

@@ -8,21 +8,29 @@ import hashlib
 import os
 import queue
 import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.data.columns import find_column
+from batchinfer.data.partitions import is_partition, partition_fields, partition_value
+from batchinfer.data.selection import Selection
 from batchinfer.errors import DriftError, InputError
+from batchinfer.job import InputSection, Job
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 MOST_BATCH_ROWS = 4096
+LOOK_ROWS = 1 << 16  # among which rows are chosen at a time
 T = TypeVar("T")
 
 
@@ -53,66 +61,128 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of rows of one file: the grain of commits and of output parts. Never changes once planned."""
+    """Some rows of one file, ascending: the grain of commits and of output parts. Never changes once planned."""
 
     index: int
     file: str  # InputFile.name
     first_row: int
     rows: int
     row_groups: tuple[int, int]  # first and last that hold its rows
+    picked: np.ndarray | None = field(default=None, compare=False)  # its rows, from first_row on; None: all that follow
+
+    @property
+    def end_row(self) -> int:
+        """The row of the file behind its last one."""
+        return self.first_row + (self.rows if self.picked is None else int(self.picked[-1]) + 1)
+
+    def row_numbers(self, rows: Sequence[int]) -> list[int]:
+        """Which rows of the file some rows of the unit are."""
+        if self.picked is None:
+            return [self.first_row + row for row in rows]
+        return (self.picked[rows].astype(np.int64) + self.first_row).tolist()
 
 
 class Source:
     """All input files and their common schema. The job's own ``output``, and its forks, are passed over among them.
 
     Files may differ in the order of columns, lack columns (read as null) and differ in types where one holds the
-    other, int32 and int64 for instance.
+    other, int32 and int64 for instance. Folders named ``key=value`` are columns behind all others.
+
+    Args:
+        asked: which columns and rows are wanted; all unless given. ``paths`` say where.
+
+    Attributes:
+        schema: the columns wanted.
 
     Raises:
         InputError: a path is missing, a glob or folder is empty, a file is not Parquet, has no columns, or does not fit
-            the others; the message names the file.
+            the others; the message names the file. Or a column that is asked for is missing.
+        JobError: the filter is not one.
     """
 
-    def __init__(self, paths: Sequence[str], output: str | None = None) -> None:
+    def __init__(self, paths: Sequence[str], output: str | None = None, asked: InputSection | None = None) -> None:
         names = _find(paths, output)
         with ThreadPoolExecutor(16) as pool:
             looked = list(pool.map(_look, names, names.values()))
         self.files = {file.name: file for file, _ in looked}
         self._schemas = {file.name: (file.path, schema) for file, schema in looked}
-        self.schema = _unify(list(self._schemas.values()))
+        self._asked = asked
+        self._look_at_columns()
+
+    @classmethod
+    def of(cls, job: Job, output: str | None = None) -> Source:
+        """The input of a job. ``output``: where it is begun, if not where the job says."""
+        return cls(job.input.path, output or job.output.path, job.input)
 
     def only(self, names: Iterable[str]) -> Source:
         """The same source with these of its files, in this order, and the schema that they have in common."""
         fewer = copy.copy(self)
         fewer.files = {name: self.files[name] for name in names}
-        fewer.schema = _unify([self._schemas[name] for name in fewer.files])
+        fewer._look_at_columns()
         return fewer
+
+    def _look_at_columns(self) -> None:
+        columns = _unify([self._schemas[name] for name in self.files])
+        told = (column for column in partition_fields(self.files) if column.name not in columns.names)
+        self._everything = self.schema = pa.schema([*columns, *told])
+        self._selection = None
+        if self._asked is not None:
+            names = self._asked.columns or self.schema.names
+            for name in names:
+                find_column(self._everything, name, "input.columns")
+            self.schema = pa.schema([self._everything.field(name) for name in dict.fromkeys(names)])
+            selection = Selection(self._asked, self._everything)
+            self._selection = None if selection.everything else selection
 
     @property
     def rows(self) -> int:
+        """Of all files, chosen or not."""
         return sum(file.rows for file in self.files.values())
 
-    def units(self, unit_rows: int) -> list[Unit]:
-        """Cut every file into units of at most ``unit_rows`` rows. An empty file is one empty unit."""
+    @property
+    def chooses(self) -> bool:
+        """Whether the job is about some of the rows alone."""
+        return self._selection is not None
+
+    def units(self, unit_rows: int, taken: int = 0) -> list[Unit]:
+        """Cut every file into units of at most ``unit_rows`` rows. An empty file is one empty unit.
+
+        Where rows are chosen it is done here, once and for good: a filter reads its columns of the whole input, sample
+        and limit read nothing. A file none of whose rows are chosen has no unit, unless no file had any.
+
+        Args:
+            taken: rows chosen earlier, from other files, that count towards the limit.
+        """
         units: list[Unit] = []
         for file in self.files.values():
-            ends = list(accumulate(file.row_groups)) or [0]
-            group = 0
-            for first in range(0, max(file.rows, 1), unit_rows):
-                rows = min(unit_rows, file.rows - first)
-                while group < len(ends) - 1 and ends[group] <= first:
-                    group += 1
-                last = group
-                while last < len(ends) - 1 and ends[last] < first + rows:
-                    last += 1
-                units.append(Unit(len(units), file.name, first, rows, (group, last)))
-        return units
+            if self._selection is None:
+                units += _cut_up(file, range(file.rows), unit_rows, len(units)) or [_empty(file, len(units))]
+            else:
+                chosen = self._chosen(file, self._selection, taken)
+                taken += len(chosen)
+                units += _cut_up(file, chosen, unit_rows, len(units))
+        return units or [_empty(file, 0) for file in self.files.values()][:1]
+
+    def _chosen(self, file: InputFile, selection: Selection, taken: int) -> np.ndarray:
+        """Numbers of the chosen rows of a file, up to the limit."""
+        left = file.rows if selection.limit is None else max(selection.limit - taken, 0)
+        looks = _cut_up(file, range(file.rows), LOOK_ROWS, 0) if left else []
+        schema = pa.schema([self._everything.field(name) for name in selection.columns])
+        found = [np.empty(0, np.int64)]
+        with closing(self._read(looks, schema) if selection.columns else ((look, None) for look in looks)) as read:
+            for look, rows in read:
+                some = np.flatnonzero(selection.mask(file.name, look.first_row, look.rows, rows))[:left]
+                found.append(look.first_row + some)
+                left -= len(some)
+                if not left:
+                    break
+        return np.concatenate(found)
 
     def read(self, units: Iterable[Unit], columns: Sequence[str]) -> Iterator[tuple[Unit, pa.Table]]:
         """Yield the rows of each unit, in the order of ``units`` (ascending within a file).
 
-        Every row group is decoded at most once, and only if a unit asks for rows of it; memory holds a few batches,
-        never a row group. Two units are read ahead on a thread.
+        Every row group is decoded at most once, and only if it lies between a unit's first and last row; memory holds a
+        few batches, never a row group. Two units are read ahead on a thread.
         """
         schema = pa.schema([self.schema.field(name) for name in columns])
         return _ahead(self._read(units, schema), depth=2)
@@ -233,14 +303,33 @@ def _runs(units: Iterable[Unit]) -> Iterator[list[Unit]]:
         yield run
 
 
+def _cut_up(file: InputFile, rows: range | np.ndarray, unit_rows: int, index: int) -> list[Unit]:
+    """Units of at most so many of the ``rows`` each, numbered from ``index``."""
+    ends = list(accumulate(file.row_groups))
+    units = []
+    for at in range(0, len(rows), unit_rows):
+        some = rows[at : at + unit_rows]
+        first, last = int(some[0]), int(some[-1])
+        picked = None if last - first + 1 == len(some) else (np.asarray(some) - first).astype(np.uint32)
+        groups = bisect_right(ends, first), bisect_right(ends, last)
+        units.append(Unit(index + len(units), file.name, first, len(some), groups, picked))
+    return units
+
+
+def _empty(file: InputFile, index: int) -> Unit:
+    return Unit(index, file.name, 0, 0, (0, 0))
+
+
 def _cut(
     parquet: pq.ParquetFile, file: InputFile, units: list[Unit], schema: pa.Schema
 ) -> Iterator[tuple[Unit, pa.Table]]:
     """Stream the row groups of ``units`` once and cut the stream into their tables."""
     first, last = units[0].row_groups[0], units[-1].row_groups[1]
-    present = [name for name in schema.names if name in parquet.schema_arrow.names]
+    inside = parquet.schema_arrow.names
+    present = [name for name in schema.names if name in inside] or inside[:1]
+    told = {column.name: partition_value(file.name, column) for column in schema if is_partition(column)}
     batches = parquet.iter_batches(
-        batch_size=min(max(max(unit.rows for unit in units), 256), MOST_BATCH_ROWS),
+        batch_size=min(max(max(unit.end_row - unit.first_row for unit in units), 256), MOST_BATCH_ROWS),
         row_groups=range(first, min(last + 1, parquet.num_row_groups)),
         columns=present,
     )
@@ -248,7 +337,7 @@ def _cut(
     held: deque[pa.RecordBatch] = deque()
     for unit in units:
         pieces: list[pa.RecordBatch] = []
-        wanted, end = unit.first_row, unit.first_row + unit.rows
+        wanted, end = unit.first_row, unit.end_row
         while wanted < end:
             if not held:
                 batch = next(batches, None)
@@ -260,18 +349,33 @@ def _cut(
             if skip >= batch.num_rows:
                 position += batch.num_rows
                 continue
-            pieces.append(batch.slice(skip, take))
-            wanted += pieces[-1].num_rows
+            piece = batch.slice(skip, take)
+            pieces += _picked(unit, piece, wanted - unit.first_row)
+            wanted += piece.num_rows
             if skip + take < batch.num_rows:
                 held.append(batch.slice(skip + take))
                 position = wanted
             else:
                 position += batch.num_rows
-        yield unit, _fit(pieces, schema)
+        yield unit, _fit(pieces, schema, told)
 
 
-def _fit(pieces: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    """The pieces as one table of exactly ``schema``."""
+def _picked(unit: Unit, piece: pa.RecordBatch, begin: int) -> list[pa.RecordBatch]:
+    """The unit's own rows of a piece, ``begin`` rows behind its first."""
+    if unit.picked is None:
+        return [piece]
+    low, high = np.searchsorted(unit.picked, [begin, begin + piece.num_rows])
+    rows = unit.picked[low:high] - begin
+    if not len(rows):
+        return []
+    try:
+        return [piece.take(pa.array(rows))]
+    except pa.ArrowNotImplementedError:  # string_view, which then keeps the whole piece in memory
+        return [piece.slice(row, 1) for row in rows.tolist()]
+
+
+def _fit(pieces: list[pa.RecordBatch], schema: pa.Schema, told: Mapping[str, Any]) -> pa.Table:
+    """The pieces as one table of exactly ``schema``. ``told``: values of columns that folders tell."""
     if not pieces:
         return schema.empty_table()
     table = pa.Table.from_batches(pieces)
@@ -279,10 +383,16 @@ def _fit(pieces: list[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
         return table
     rows = table.num_rows
     columns = [
-        table[field.name].cast(field.type) if field.name in table.schema.names else pa.nulls(rows, field.type)
-        for field in schema
+        table[column.name].cast(column.type)
+        if column.name in table.schema.names
+        else _repeated(told.get(column.name), column.type, rows)
+        for column in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def _repeated(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
+    return pa.nulls(rows, kind) if value is None else pa.repeat(pa.scalar(value, kind), rows)
 
 
 def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
