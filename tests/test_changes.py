@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from unittest import mock
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from batchinfer.backends.echo import EchoBackend
+from batchinfer.cli import main
 from batchinfer.data.ledger import Ledger
 from batchinfer.errors import DriftError, EngineError, IntegrityError, LockedError, OutputError
-from tests.echo_jobs import echo_job, read_output, run_echo, texts, write
+from batchinfer.runner import run
+from tests.conftest import DEMO_MODEL
+from tests.echo_jobs import echo_job, read_output, run_echo, texts, tokenizer_dir, write
 
 
 def add(folder, name, rows, first=0, **columns):
@@ -142,11 +147,6 @@ def test_of_two_runs_that_append_at_once_one_is_sent_back(tmp_path):
 
 
 def fork(job, **options):
-    from unittest import mock
-
-    from batchinfer.runner import run
-    from tests.echo_jobs import tokenizer_dir
-
     opened = []
     backend = options.pop("backend", EchoBackend)
     with mock.patch("batchinfer.runner.open_backend", lambda *_: opened.append(1) or backend(tokenizer_dir())):
@@ -201,6 +201,20 @@ def test_a_fork_never_goes_where_other_files_are_nor_reads_an_output(tmp_path):
     run_echo(simple(tmp_path))
     with pytest.raises(OutputError, match="out-2 is not empty"):
         fork(simple(tmp_path, sampling__max_tokens=3))
+
+
+def test_the_flags_lead_there_too(tmp_path, demo_tokenizer_dir):
+    words = ["run", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", DEMO_MODEL, "--json"]
+    words += ["--template", "{{ text }}", "--set", "engine.backend=echo"]
+    add(tmp_path, "a.parquet", 10)
+    assert CliRunner().invoke(main, words).exit_code == 0
+    add(tmp_path, "b.parquet", 5)
+    assert CliRunner().invoke(main, words).exit_code == 4
+    appended = CliRunner().invoke(main, [*words, "--on-input-change", "append"])
+    assert appended.exit_code == 0 and json.loads(appended.stdout)["run"]["rows"] == 5
+    assert CliRunner().invoke(main, [*words, "--max-tokens", "3"]).exit_code == 4
+    forked = CliRunner().invoke(main, [*words, "--max-tokens", "3", "--fork"])
+    assert forked.exit_code == 0 and json.loads(forked.stdout)["output"] == str(tmp_path / "out-2")
 
 
 def test_changed_input_is_no_reason_to_fork(tmp_path):

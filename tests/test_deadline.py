@@ -4,11 +4,14 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from click.testing import CliRunner
 
 from batchinfer.backends.echo import EchoBackend
+from batchinfer.cli import main
 from batchinfer.deadline import ends_at, moment, seconds
 from batchinfer.errors import ExitCode, JobError
 from batchinfer.job import Job
+from tests.conftest import DEMO_MODEL
 from tests.echo_jobs import echo_job, read_output, run_echo, texts, write
 
 NOON = datetime(2031, 5, 6, 12, 0)
@@ -75,6 +78,17 @@ def test_a_toml_time_and_a_toml_date_will_do(tmp_path):
 def _keys(folder):
     named = {"input.path": "in", "prompt.template": "t", "model.path": "m"}
     return named | {"output.path": str(folder / "out")}
+
+
+def test_the_flags_say_what_is_wrong_with_them_and_stop_a_run(tmp_path, demo_tokenizer_dir):
+    words = ["run", "-i", str(write(tmp_path / "in.parquet", texts(5))), "-o", str(tmp_path / "out"), "-m", DEMO_MODEL]
+    words += ["--template", "{{ text }}", "--set", "engine.backend=echo"]
+    for flag, value in (("--deadline", "noon"), ("--max-time", "long")):
+        refused = CliRunner().invoke(main, [*words, flag, value])
+        assert refused.exit_code == 2 and "(command line): must be a time" in refused.stderr
+    late = CliRunner().invoke(main, [*words, "--deadline", "2001-01-01T06:00"])
+    assert late.exit_code == 75 and "stopped early (deadline 2001-01-01 06:00 reached)" in late.stdout
+    assert CliRunner().invoke(main, [*words, "--deadline", "06:00", "--max-time", "1h30m"]).exit_code == 0
 
 
 class Slow(EchoBackend):

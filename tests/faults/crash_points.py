@@ -1,6 +1,7 @@
 """Runs a small job again and again, each time killed at the next operation on the disk, and then to its end.
 
-``python -m tests.faults.crash_points FOLDER``: one folder a crash point, FOLDER/<n>/, which the caller looks at. It
+``python -m tests.faults.crash_points FOLDER [append]``: one folder a crash point, FOLDER/<n>/, which the caller looks
+at. With ``append`` the run that is killed is one that takes up a second input file after a first run was complete. It
 forks, so it must be a process of its own, in which nothing has run yet. Prints the number of crash points.
 """
 
@@ -60,19 +61,21 @@ def run_in_child(folder: Path, point: int | None) -> int:
     try:
         if point is not None:
             die_at(point)
-        os._exit(
-            run_echo(echo_job(folder, checkpoint__unit_rows=UNIT_ROWS, checkpoint__sync_rows=2), Pausing).exit_code
-        )
+        how = {"checkpoint__unit_rows": UNIT_ROWS, "checkpoint__sync_rows": 2, "input__on_change": "append"}
+        os._exit(run_echo(echo_job(folder, folder / "in", **how), Pausing).exit_code)
     finally:
         os._exit(1)
 
 
 def main() -> None:
-    root, point, status = Path(sys.argv[1]), 0, signal.SIGKILL
+    root, point, status, append = Path(sys.argv[1]), 0, signal.SIGKILL, "append" in sys.argv
     tokenizer_dir()
     while status == signal.SIGKILL:
         folder = root / f"{point:03}"
-        write(folder / "in.parquet", texts(UNITS * UNIT_ROWS))
+        write(folder / "in" / "b.parquet", texts(UNITS * UNIT_ROWS))
+        if append:
+            run_in_child(folder, None)
+            write(folder / "in" / "a.parquet", texts(UNITS * UNIT_ROWS))
         status = run_in_child(folder, point + 1)
         if status not in (0, signal.SIGKILL) or run_in_child(folder, None) != 0:
             sys.exit(f"crash point {point}: no way on")

@@ -98,8 +98,9 @@ def read_output_as_it_is(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path)]
+@pytest.mark.parametrize("append", [False, True])
+def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path, append):
+    command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path), *["append"] * append]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,7 +109,7 @@ def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_pat
     assert points > 40
     outputs = [read_output(tmp_path / f"{point:03}") for point in range(points + 1)]
     assert all(output.equals(outputs[-1]) for output in outputs)
-    assert outputs[-1]["id"].to_pylist() == list(range(24))
+    assert outputs[-1]["id"].to_pylist() == list(range(24)) * (1 + append)
 
 
 def test_sigterm_drains_exits_75_and_computes_no_row_twice(tmp_path, undisturbed):
