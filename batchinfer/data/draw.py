@@ -1,45 +1,57 @@
-"""Draw: a sample of rows, spread over all files."""
+"""Draw: a sample of the rows that a job is about, spread over all files."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
 
 import numpy as np
 
-from batchinfer.data.source import InputFile, Unit
+from batchinfer.data.source import Source, Unit
 
 MOST_DECODED = 4_000_000  # rows of row groups that a sample may make us decode
+UNIT_ROWS = 1 << 16  # of the units from which rows are drawn
 
 
-def draw_rows(files: list[InputFile], count: int, seed: int) -> list[Unit]:
+def draw_rows(source: Source, count: int, seed: int) -> tuple[list[Unit], int]:
     """``count`` rows, each a unit of its own, evenly spread with a random place in each stretch; all rows if fewer.
 
     Reading a row costs decoding its row group up to it. Where the groups drawn hold more than ``MOST_DECODED`` rows, a
-    regular subset of them stands for all.
+    regular subset of them stands for all, and ``count`` is met within a few rows.
+
+    Returns: the rows, and how many there are to draw from.
     """
-    groups = [
-        (file.name, i, first, rows)
-        for file in files
-        for i, (first, rows) in enumerate(zip(np.cumsum((0, *file.row_groups)).tolist(), file.row_groups))
-        if rows
-    ]
-    rng = np.random.default_rng(seed)
-    while True:
-        ends = np.cumsum([rows for *_, rows in groups])
-        total = int(ends[-1]) if groups else 0
-        if count >= total:
-            drawn = np.arange(total)
-        else:
-            stretches = np.arange(count + 1) * total // count
-            drawn = stretches[:-1] + (rng.random(count) * np.diff(stretches)).astype(np.int64)
-        group_of = np.searchsorted(ends, drawn, side="right")
-        hit = np.unique(group_of)
-        decoded = sum(groups[g][3] for g in hit)
-        if decoded <= MOST_DECODED or len(hit) == 1:
-            break
-        groups = [groups[g] for g in hit[:: math.ceil(decoded / MOST_DECODED)]]
-    units = []
-    for row, g in zip(drawn.tolist(), group_of.tolist()):
-        name, group, first, rows = groups[g]
-        units.append(Unit(len(units), name, first + row - (int(ends[g]) - rows), 1, (group, group)))
-    return units
+    units = source.units(UNIT_ROWS)
+    ends = {name: list(accumulate(file.row_groups)) for name, file in source.files.items()}
+
+    def draw(count: int) -> list[tuple[str, int, int]]:
+        """File, row and row group of each."""
+        drawn = []
+        for unit, place in _places(units, count, np.random.default_rng(seed)):
+            [row] = unit.row_numbers([place])
+            drawn.append((unit.file, row, bisect_right(ends[unit.file], row)))
+        return drawn
+
+    drawn = draw(count)
+    groups = list(dict.fromkeys((name, group) for name, _, group in drawn))
+    decoded = sum(source.files[name].row_groups[group] for name, group in groups)
+    if decoded > MOST_DECODED:
+        every = min(math.ceil(decoded / MOST_DECODED), len(groups))
+        kept = set(groups[::every])
+        drawn = [row for row in draw(count * every) if (row[0], row[2]) in kept]
+    rows = [Unit(i, name, row, 1, (group, group)) for i, (name, row, group) in enumerate(drawn)]
+    return rows, sum(unit.rows for unit in units)
+
+
+def _places(units: list[Unit], count: int, rng: np.random.Generator) -> list[tuple[Unit, int]]:
+    """Unit and place in it of rows drawn from all of them."""
+    ends = np.cumsum([unit.rows for unit in units])
+    total = int(ends[-1]) if units else 0
+    if count >= total:
+        drawn = np.arange(total)
+    else:
+        stretches = np.arange(count + 1) * total // count
+        drawn = stretches[:-1] + (rng.random(count) * np.diff(stretches)).astype(np.int64)
+    of = np.searchsorted(ends, drawn, side="right")
+    return [(units[u], int(row - ends[u] + units[u].rows)) for row, u in zip(drawn.tolist(), of.tolist())]

@@ -116,24 +116,21 @@ def estimate(job: Job, sample: int = 1000, seed: int = 0, tok_s: float | None = 
     """
     from batchinfer.engine.model.tokenizer import export_tokenizer
 
-    source = Source(job.input.path, job.output.path)
+    source = Source.of(job)
     check_columns(job.prompt, job.sampling, source.schema)
     OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
     longest = longest_sequence(job)
     folder = Path(job.engine.plan, "tokenizer") if job.engine.plan else export_tokenizer(job.model.path)
     renderer = PromptRenderer(job.prompt, job.sampling, folder, 1 << 30)  # over-long ones are to be counted in full
+    drawn, rows = draw_rows(source, sample, seed)
     found = Estimate(
-        len(source.files), source.rows, 0, longest, Lengths(), (0, 0), (0, 0), "", {}, (0, 0), Counter(), {}
+        len(source.files), rows, len(drawn), longest, Lengths(), (0, 0), (0, 0), "", {}, (0, 0), Counter(), {}
     )
-    sampled = [
-        _note(found, answer, job.prompt.on_overlong)
-        for answer in _render(source, renderer, draw_rows(list(source.files.values()), sample, seed))
-    ]
-    found.sampled = len(sampled)
-    found.tokens_in = _whole([tokens for tokens, _ in sampled], source.rows)
-    found.overlong_rows = _share(len(found.overlong), found.sampled, source.rows)
+    sampled = [_note(found, answer, job.prompt.on_overlong) for answer in _render(source, renderer, drawn)]
+    found.tokens_in = _whole([tokens for tokens, _ in sampled], rows)
+    found.overlong_rows = _share(len(found.overlong), found.sampled, rows)
     earlier = _earlier(job)
-    found.tokens_out, found.tokens_out_from = _tokens_out(job, earlier, [most for _, most in sampled], source.rows)
+    found.tokens_out, found.tokens_out_from = _tokens_out(job, earlier, [most for _, most in sampled], rows)
     if tok_s is not None:
         found.rate, found.rate_from = tok_s, "as told"
     elif earlier is not None and (rate := average_rate(read_runs(earlier.store))):

@@ -125,10 +125,8 @@ def failures(found: Survey) -> str:
     ]
     hidden = sum(told.count for _, told in kinds[MOST_REASONS:])
     more = f'<p class="soft">{hidden:,} rows of other kinds are not shown.</p>' if hidden else ""
-    told = table(
-        ("rows", "share", "reason (N: any number)", "first rows, file:row"), rows, ("num", "num", "wide", "wide")
-    )
-    return card("Failures", f"{found.job.failed:,} rows by reason", told + more)
+    told = table(("rows", "share", "reason", "first rows"), rows, ("num", "num", "wide", "wide"))
+    return card("Failures", f"{found.job.failed:,} rows by reason; N is any number", told + more)
 
 
 def predicted(found: Survey) -> str:
@@ -149,7 +147,7 @@ def predicted(found: Survey) -> str:
     if found.state != "complete":
         rows = [(*row[:3], "") for row in rows]
     so_far = "actual" if found.state == "complete" else "so far"
-    shown = table(("", "predicted", so_far, ""), rows, ("nowrap", "num", "num", ""))
+    shown = table(("what", "predicted", so_far, "so it came"), rows, ("nowrap", "num", "num", ""))
     return card("Predicted and actual", f"foretold {moment(told['time'])} from {told['sampled']:,} rows", shown)
 
 
@@ -188,9 +186,15 @@ def card(title: str, said: str, html: str) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]], kinds: tuple[str, ...]) -> str:
+    """Cells of text under their names, a CSS class for each column. On a phone a name stands before each cell."""
     top = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(head, kinds))
     body = "".join(
-        "<tr>" + "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell, kind in zip(row, kinds)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f'<td class="{kind}" data-name="{escape(name)}">{escape(cell)}</td>'
+            for cell, name, kind in zip(row, head, kinds)
+        )
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'

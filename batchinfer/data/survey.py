@@ -23,6 +23,7 @@ from batchinfer.data.look import standing
 from batchinfer.data.prompt import prompt_columns
 from batchinfer.data.report import SUMMARY, summarize
 from batchinfer.data.series import RunSeries, read_runs
+from batchinfer.data.source import Unit
 from batchinfer.data.stats import Lengths, kind_of
 from batchinfer.job import PromptSection
 
@@ -121,26 +122,26 @@ def survey(output: str, samples: int = 6) -> Survey:
     commits = [ledger.commits[index] for index in sorted(ledger.commits)]
     for commit in commits:
         try:
-            _count(ledger.output / commit.part, commit, prefix, found)
+            _count(ledger, commit, prefix, found)
         except (OSError, pa.ArrowException):  # on its way into OUT, or damaged, which `verify` tells
             found.unread += 1
     found.samples = list(_samples(ledger, commits, prefix, found.identity["job"], samples))
     return found
 
 
-def _count(path: Path, commit: Commit, prefix: str, found: Survey) -> None:
+def _count(ledger: Ledger, commit: Commit, prefix: str, found: Survey) -> None:
     names = [prefix + "prompt_tokens", prefix + "completion_tokens", *([prefix + "error"] if commit.failed else [])]
-    row = commit.first_row
-    with pq.ParquetFile(path) as part:
+    row = 0
+    with pq.ParquetFile(ledger.output / commit.part) as part:
         for batch in part.iter_batches(65_536, columns=names):
             found.prompt.add(_numbers(batch[names[0]]))
             found.completion.add(_numbers(batch[names[1]]))
             if commit.failed:
-                _count_failures(batch[names[2]], commit.file, row, found.failures)
+                _count_failures(batch[names[2]], ledger.units[commit.unit], row, found.failures)
             row += batch.num_rows
 
 
-def _count_failures(errors: pa.Array, file: str, first_row: int, failures: dict[str, Failures]) -> None:
+def _count_failures(errors: pa.Array, unit: Unit, first_row: int, failures: dict[str, Failures]) -> None:
     for i, error in enumerate(errors.to_pylist()):
         if error is None:
             continue
@@ -150,7 +151,7 @@ def _count_failures(errors: pa.Array, file: str, first_row: int, failures: dict[
         told = failures.setdefault(kind, Failures())
         told.count += 1
         if len(told.rows) < 3:
-            told.rows.append(f"{file}:{first_row + i}")
+            told.rows.append(_address(unit, first_row + i))
 
 
 def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, Any], count: int) -> Iterator[Sample]:
@@ -172,13 +173,17 @@ def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, 
             cells = {name: to_values(name, table[name].slice(row, 1))[0] for name in (*carried, *names)}
             texts, reasons, tokens_in, tokens_out = (cells[name] for name in names)
             yield Sample(
-                f"{commit.file}:{commit.first_row + row}",
+                _address(ledger.units[commit.unit], row),
                 {name: _shown(cells[name]) for name in carried},
                 [_shown(text) for text in _listed(texts)],
                 _listed(reasons),
                 tokens_in,
                 sum(_listed(tokens_out)),
             )
+
+
+def _address(unit: Unit, row: int) -> str:
+    return f"{unit.file}:{unit.row_numbers([row])[0]}"
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

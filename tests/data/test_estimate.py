@@ -11,7 +11,7 @@ import pytest
 from batchinfer.data import draw
 from batchinfer.data.draw import draw_rows
 from batchinfer.data.estimate import estimate, save
-from batchinfer.data.source import InputFile
+from batchinfer.data.source import Source, Unit
 from batchinfer.errors import InputError
 from tests.echo_jobs import echo_job, run_echo, texts, tokenizer_dir, write
 
@@ -22,35 +22,50 @@ def bytes_for_tokens(monkeypatch):
     monkeypatch.setattr("batchinfer.engine.model.tokenizer.export_tokenizer", lambda model: tokenizer_dir())
 
 
-def file(name: str, *row_groups: int) -> InputFile:
-    return InputFile(name, name, 0, 0, "", row_groups)
+def rows_of(tmp_path, name: str, count: int, group: int) -> None:
+    write(tmp_path / "in" / f"{name}.parquet", texts(count), row_group_size=group)
+
+
+def drawn(tmp_path, count: int, seed: int = 0, **asked) -> list[Unit]:
+    return draw_rows(Source.of(echo_job(tmp_path, source=tmp_path / "in", **asked)), count, seed)[0]
 
 
 # ---- the sample
 
 
-def test_rows_are_drawn_from_every_stretch_of_every_file():
-    units = draw_rows([file("a", 500, 500), file("b"), file("c", 1000)], 200, seed=1)
+def test_rows_are_drawn_from_every_stretch_of_every_file(tmp_path):
+    for name, count in {"a": 1000, "b": 0, "c": 1000}.items():
+        rows_of(tmp_path, name, count, 500)
+    units = drawn(tmp_path, 200, seed=1)
     assert len({(unit.file, unit.first_row) for unit in units}) == len(units) == 200
     for name in "ac":
-        rows = [unit.first_row for unit in units if unit.file == name]
+        rows = [unit.first_row for unit in units if unit.file == f"{name}.parquet"]
         assert rows == sorted(rows) and max(np.diff(rows)) < 20 and len(rows) == 100
-    assert all(unit.row_groups == (unit.first_row // 500,) * 2 for unit in units if unit.file == "a")
-    assert units == draw_rows([file("a", 500, 500), file("b"), file("c", 1000)], 200, seed=1)
-    assert units != draw_rows([file("a", 500, 500), file("b"), file("c", 1000)], 200, seed=2)
+    assert all(unit.row_groups == (unit.first_row // 500,) * 2 for unit in units)
+    assert units == drawn(tmp_path, 200, seed=1) != drawn(tmp_path, 200, seed=2)
 
 
-def test_a_small_input_is_drawn_whole_and_an_empty_one_not_at_all():
-    assert [unit.first_row for unit in draw_rows([file("a", 2, 0, 1)], 10, seed=0)] == [0, 1, 2]
-    assert [unit.row_groups for unit in draw_rows([file("a", 2, 0, 1)], 10, seed=0)] == [(0, 0), (0, 0), (2, 2)]
-    assert draw_rows([file("a")], 10, seed=0) == draw_rows([], 10, seed=0) == []
+def test_a_small_input_is_drawn_whole_and_an_empty_one_not_at_all(tmp_path):
+    rows_of(tmp_path, "a", 3, 2)
+    assert [(u.first_row, *u.row_groups) for u in drawn(tmp_path, 10)] == [(0, 0, 0), (1, 0, 0), (2, 1, 1)]
+    rows_of(tmp_path, "a", 0, 2)
+    assert drawn(tmp_path, 10) == []
 
 
-def test_a_huge_input_is_not_decoded_whole():
+def test_a_huge_input_is_not_decoded_whole(tmp_path):
+    rows_of(tmp_path, "a", 10_000, 100)
     with mock.patch.object(draw, "MOST_DECODED", 1000):
-        units = draw_rows([file("a", *[100] * 100)], 500, seed=0)
+        units = drawn(tmp_path, 500)
     groups = {unit.row_groups[0] for unit in units}
-    assert len(units) == 500 and len(groups) == 10 and max(groups) - min(groups) > 80
+    assert 450 < len(units) < 550 and len(groups) == 10 and max(groups) - min(groups) > 80
+
+
+def test_only_rows_that_the_job_is_about_are_drawn(tmp_path):
+    rows_of(tmp_path, "a", 1000, 100)
+    units = drawn(tmp_path, 50, input__filter="id % 3 = 0", input__limit=200)
+    assert len(units) == 50 and all(unit.first_row % 3 == 0 and unit.first_row < 600 for unit in units)
+    found = estimate(echo_job(tmp_path, source=tmp_path / "in", input__filter="id % 3 = 0", input__limit=200))
+    assert (found.rows, found.sampled) == (200, 200)
 
 
 # ---- what it foretells

@@ -117,6 +117,15 @@ def test_failures_are_grouped_with_the_rows_to_look_at(tmp_path):
         assert file == "in.parquet" and table["error"][int(row)].as_py() is not None
 
 
+def test_rows_are_told_by_where_they_lie_in_the_input(tmp_path):
+    run_echo(job_of(tmp_path, input__filter="id % 7 = 3", checkpoint__unit_rows=8), Busy)
+    found = survey(tmp_path / "out", samples=3)
+    [told] = found.failures.values()
+    rows = [int(address.split(":")[1]) for address in (*told.rows, *(sample.address for sample in found.samples))]
+    assert all(row % 7 == 3 for row in rows)
+    assert all(s.asked["text"] == f"row number {s.address.split(':')[1]}" for s in found.samples)
+
+
 def test_samples_are_of_rows_that_came_out_and_can_be_left_out(tmp_path):
     run_echo(job_of(tmp_path), Busy)
     found = survey(tmp_path / "out", samples=8)
