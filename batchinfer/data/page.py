@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.data import panels
+from batchinfer.data.journal import Tally
 from batchinfer.data.report import clock
 from batchinfer.data.series import RunSeries, average_rate
 from batchinfer.data.survey import Survey
@@ -125,7 +126,7 @@ def _tiles(found: Survey) -> str:
     answered = max(job.rows - job.failed, 1)
     tiles = [
         ("Rows", f"{job.rows:,}", "all committed" if found.state == "complete" else f"committed of {found.rows:,}"),
-        ("Failed", f"{job.failed:,}", f"{job.failed / job.rows:.2%} of the rows" if job.failed else "no row"),
+        ("Failed", f"{job.failed:,}", _losses(job)),
         ("Tokens in", panels.short(job.prompt_tokens), f"{job.prompt_tokens / max(job.rows, 1):,.0f} a row"),
         ("Tokens out", panels.short(job.completion_tokens), f"{job.completion_tokens / answered:,.0f} a row"),
         ("Throughput", f"{rate:,.0f}" if rate else "–", "tokens a second, in and out"),
@@ -141,6 +142,12 @@ def _tiles(found: Survey) -> str:
         for name, value, said in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _losses(job: Tally) -> str:
+    told = [f"{job.failed / job.rows:.2%} of the rows"] if job.failed else []
+    told += [f"{job.skipped:,} skipped"] if job.skipped else []
+    return ", ".join(told) or "no row"
 
 
 def _bad(name: str, failed: int) -> str:

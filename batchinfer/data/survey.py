@@ -130,20 +130,23 @@ def survey(output: str, samples: int = 6) -> Survey:
 
 
 def _count(ledger: Ledger, commit: Commit, prefix: str, found: Survey) -> None:
-    names = [prefix + "prompt_tokens", prefix + "completion_tokens", *([prefix + "error"] if commit.failed else [])]
+    why = ("error", "finish_reason") if commit.failed else ()
+    names = [prefix + name for name in ("prompt_tokens", "completion_tokens", *why)]
     row = 0
     with pq.ParquetFile(ledger.output / commit.part) as part:
         for batch in part.iter_batches(65_536, columns=names):
             found.prompt.add(_numbers(batch[names[0]]))
             found.completion.add(_numbers(batch[names[1]]))
             if commit.failed:
-                _count_failures(batch[names[2]], ledger.units[commit.unit], row, found.failures)
+                _count_failures(batch[names[2]], batch[names[3]], ledger.units[commit.unit], row, found.failures)
             row += batch.num_rows
 
 
-def _count_failures(errors: pa.Array, unit: Unit, first_row: int, failures: dict[str, Failures]) -> None:
-    for i, error in enumerate(errors.to_pylist()):
-        if error is None:
+def _count_failures(
+    errors: pa.Array, reasons: pa.Array, unit: Unit, first_row: int, failures: dict[str, Failures]
+) -> None:
+    for i, (error, reason) in enumerate(zip(errors.to_pylist(), reasons.to_pylist())):
+        if error is None or "skipped" in _listed(reason):  # which is no failure
             continue
         kind = kind_of(error)
         if kind not in failures and len(failures) >= MOST_KINDS:

@@ -117,6 +117,20 @@ def test_failures_are_grouped_with_the_rows_to_look_at(tmp_path):
         assert file == "in.parquet" and table["error"][int(row)].as_py() is not None
 
 
+def test_skipped_rows_are_told_and_are_no_failures(tmp_path):
+    class Short(EchoBackend):
+        def __init__(self, folder):
+            super().__init__(folder, max_seq_len=18)
+
+    job = job_of(
+        tmp_path, prompt__on_overlong="skip", prompt__template="{% if id == 7 %}{{ 1 / 0 }}{% endif %}Say {{ text }}"
+    )
+    run_echo(job, Short)
+    found = survey(tmp_path / "out")
+    assert found.job.skipped == 200 and [told.rows for told in found.failures.values()] == [["in.parquet:7"]]
+    assert "200 skipped" in report_of(tmp_path)[1]
+
+
 def test_rows_are_told_by_where_they_lie_in_the_input(tmp_path):
     run_echo(job_of(tmp_path, input__filter="id % 7 = 3", checkpoint__unit_rows=8), Busy)
     found = survey(tmp_path / "out", samples=3)
