@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from batchinfer.data.columns import find_column
+from batchinfer.data.columns import Unreadable, find_column, to_values
 from batchinfer.errors import InputError, JobError
 
+if TYPE_CHECKING:
+    import polars as pl
+
 # What polars calls the parts of an expression that look at other rows; how a file is cut must not decide about a row.
-_BEYOND_THE_ROW = re.compile(r'"(Agg|Over|Rolling|Len|Range|Explode|Rank|Correlation|Quantile|Selector)"')
+_BEYOND_THE_ROW = re.compile(r'"(Agg|Over|Window|Rolling|Len|Range|Explode|Rank|Correlation|Quantile|Selector)"')
 
 
 class RowFilter:
-    """A condition as in ``WHERE``: a row for which it is null is not taken.
+    """A condition as in ``WHERE``: a row for which it is null is not taken. A cell of broken UTF-8 counts as null.
 
     polars parses and evaluates it, since Arrow has no SQL. It is asked while units are planned, and the plan keeps what
     it said: rows on their way to the engine never pass through polars, and a resumed run does not ask it again.
@@ -44,10 +48,9 @@ class RowFilter:
             find_column(schema, name, "input.filter")
         if not self.columns:
             raise self._refused("names no column, so it says the same of each row")
-        rows = pa.table([pa.nulls(2, schema.field(name).type) for name in self.columns], names=list(self.columns))
         try:
-            answer = pl.DataFrame(rows).select(self._condition).to_series()
-        except Exception as error:
+            answer = self._answer(pa.table({name: pa.nulls(2, schema.field(name).type) for name in self.columns}))
+        except (Exception, pl.exceptions.PanicException) as error:
             raise self._refused(f"does not fit the columns: {error}") from None
         if answer.dtype not in (pl.Boolean, pl.Null) or len(answer) != 2:
             raise self._refused(f"must be true or false for each row, and it is {answer.dtype}")
@@ -57,14 +60,29 @@ class RowFilter:
         import polars as pl
 
         try:
-            answer = pl.DataFrame(rows).select(self._condition).to_series()
-        except Exception as error:
+            answer = self._answer(pa.table({name: _sound(name, rows.column(name)) for name in self.columns}))
+        except (Exception, pl.exceptions.PanicException) as error:
             raise InputError(f"input.filter fails on rows of {where}: {_short(error)}") from None
         return answer.cast(pl.Boolean).fill_null(False).to_numpy()
+
+    def _answer(self, rows: pa.Table) -> pl.Series:
+        import polars as pl
+
+        return pl.DataFrame(rows).select(self._condition).to_series()
 
     def _refused(self, why: str) -> JobError:
         example = "lang = 'en' AND length(text) > 20"
         return JobError(f"input.filter {_short(why)}. Found {self._sql!r}; expected for example {example!r}")
+
+
+def _sound(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column without text that polars would take for valid and stumble over."""
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        values = (None if isinstance(value, Unreadable) else value for value in to_values(name, column))
+        return pa.chunked_array([pa.array(list(values), column.type)])
 
 
 def _short(told: object) -> str:

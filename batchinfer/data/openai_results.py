@@ -187,6 +187,8 @@ class Results:
         custom_id = result.get("custom_id") if isinstance(result, dict) else None
         if not isinstance(custom_id, str):
             raise InputError(f'{where}: expected a result line with a "custom_id", found {line[:60]!r}')
+        if "response" not in result and "error" not in result:
+            raise InputError(f"{where}: expected a result with a response or an error, found none; is it a request?")
         if custom_id in self._places:
             raise InputError(
                 f"{where}: custom_id {custom_id!r} is answered at {self.where(custom_id)} already; keep one of the two"

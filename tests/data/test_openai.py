@@ -227,6 +227,7 @@ def test_several_completions_are_lists_in_their_order_without_tokens_of_each(tmp
         ("twice", r"2.jsonl, line 2: custom_id 'in.parquet#3' is answered at .*1.jsonl, line 4 already"),
         ("not JSON", r"2.jsonl, line 1: expected a JSON object, found b'\{\"custom"),
         ("no id", r'1.jsonl, line 1: expected a result line with a "custom_id"'),
+        ("request", r"1.jsonl, line 2: expected a result with a response or an error, found none; is it a request\?"),
         ("gone", r"cannot read .*2.jsonl: No such file"),
     ],
 )
@@ -239,6 +240,8 @@ def test_results_that_are_not_this_job_s_are_refused_before_anything_is_written(
         second[1] = first[3]
     elif how == "no id":
         first[0] = {}
+    elif how == "request":
+        first[1] = json.loads((tmp_path / "batch.jsonl").read_bytes().splitlines()[1])
     paths = [write_lines(tmp_path / "1.jsonl", first), write_lines(tmp_path / "2.jsonl", second)]
     if how == "not JSON":
         Path(paths[1]).write_text('{"custom')

@@ -192,6 +192,16 @@ def test_a_value_that_the_filter_cannot_take_is_told_with_its_file(days):
         chosen(days, filter="CAST(text AS INTEGER) > 3")
 
 
+def test_broken_text_is_null_to_a_filter_and_a_type_that_polars_lacks_is_one_line(tmp_path):
+    text = pa.StringArray.from_buffers(3, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xffb"))
+    table = pa.table({"id": range(3), "text": text, "big": pa.array([1, 2, 3], pa.decimal256(60, 0))})
+    write(tmp_path / "in" / "x.parquet", table)
+    assert chosen(tmp_path / "in", filter="text > '0'") == [0, 2]
+    assert chosen(tmp_path / "in", filter="text IS NULL") == [1]
+    with pytest.raises(JobError, match="does not fit the columns: .*Int256"):
+        chosen(tmp_path / "in", filter="big = 1")
+
+
 def test_only_the_columns_asked_for_are_read_and_there_for_templates(tmp_path, days):
     job = echo_job(tmp_path, days, input__columns=["text", "day"], input__filter="id < 3")
     run_echo(job)
