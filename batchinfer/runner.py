@@ -66,16 +66,19 @@ def run(
     end = ends_at(job.limits.deadline, job.limits.max_time)
     with StopSignals(halt) as signals, Deadline(halt, end), ExitStack() as opened:
         backend = functools.cache(lambda: opened.enter_context(closing(open_backend(job, progress is not False))))
-        while True:
-            try:
-                return _run(job, first, backend, halt, signals, progress, begun)
-            except JobDriftError:
-                if not fork:
-                    raise
-            tried, taken = tried + 1, job.output.path
-            job = job.model_copy(update={"output": job.output.model_copy(update={"path": f"{first}-{tried}"})})
-            if progress is not False:
-                print(f"batchinfer: {taken} is another job's, this one goes to {job.output.path}", file=sys.stderr)
+        try:
+            while True:
+                try:
+                    return _run(job, first, backend, halt, signals, progress, begun)
+                except JobDriftError:
+                    if not fork:
+                        raise
+                tried, taken = tried + 1, job.output.path
+                job = job.model_copy(update={"output": job.output.model_copy(update={"path": f"{first}-{tried}"})})
+                if progress is not False:
+                    print(f"batchinfer: {taken} is another job's, this one goes to {job.output.path}", file=sys.stderr)
+        except StopNow:
+            return _stopped_before_work(job, halt)
 
 
 def _run(
@@ -89,46 +92,47 @@ def _run(
 ) -> Summary:
     """``run`` in one output. It, ``first`` and other forks of that do not count as input.
 
-    Raises: JobDriftError if it is another job's, else as ``run``.
+    Raises: JobDriftError if it is another job's, StopNow if nothing may be begun, else as ``run``.
     """
+    source = Source.of(job, first)
+    columns = _Columns(job, source)
+    with Ledger(job.output.path) as ledger:
+        if ledger.identity is not None:
+            ledger.check_semantic(job.semantic(), tuple(job.semantic()))
+            source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
+            columns = _Columns(job, source)
+        if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
+            publish(ledger)
+            return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
+        if halt.stopping:
+            raise StopNow
+        backend = open_once()
+        with Series(ledger) as series:
+            opened = time.perf_counter() - begun
+            journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
+            summary = summarize(
+                ledger,
+                job.limits.max_failed_fraction,
+                run=journal.tally,
+                logged=journal.logged(),
+                seconds=time.perf_counter() - begun,
+                load=backend.load(),
+                stages={"open": opened, **stages},
+                reason=halt.reason,
+            )
+            series.end(summary.as_dict())
+        write_summary(ledger, summary)
+        if ledger.complete:
+            publish(ledger)
+        return summary
+
+
+def _stopped_before_work(job: Job, halt: Halt) -> Summary:
     try:
-        source = Source.of(job, first)
-        columns = _Columns(job, source)
-        with Ledger(job.output.path) as ledger:
-            if ledger.identity is not None:
-                ledger.check_semantic(job.semantic(), tuple(job.semantic()))
-                source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
-                columns = _Columns(job, source)
-            if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
-                publish(ledger)
-                return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
-            if halt.stopping:
-                raise StopNow
-            backend = open_once()
-            with Series(ledger) as series:
-                opened = time.perf_counter() - begun
-                journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
-                summary = summarize(
-                    ledger,
-                    job.limits.max_failed_fraction,
-                    run=journal.tally,
-                    logged=journal.logged(),
-                    seconds=time.perf_counter() - begun,
-                    load=backend.load(),
-                    stages={"open": opened, **stages},
-                    reason=halt.reason,
-                )
-                series.end(summary.as_dict())
-            write_summary(ledger, summary)
-            if ledger.complete:
-                publish(ledger)
-            return summary
-    except StopNow:  # before any work
-        try:
-            summary = summarize(look(job.output.path), job.limits.max_failed_fraction)
-        except JobError:  # not begun either
-            summary = Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
-        return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
+        summary = summarize(look(job.output.path), job.limits.max_failed_fraction)
+    except JobError:  # not begun either
+        summary = Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+    return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
 
 
 class _Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from unittest import mock
 
 import polars as pl
@@ -188,6 +189,26 @@ def test_another_model_forks_too_and_is_opened_once(tmp_path):
     for rows in (100, 0):
         summary = fork(moved, backend=Other)
         assert (summary.output, summary.run.rows) == (tmp_path / "out-2", rows)
+
+
+def test_a_fork_that_is_stopped_before_it_begins_says_where_it_was_going(tmp_path):
+    run_echo(simple(tmp_path))
+
+    def signalled(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was lost")
+
+    summary = fork(simple(tmp_path, sampling__max_tokens=3), backend=signalled)
+    assert (summary.output, summary.state, summary.exit_code) == (tmp_path / "out-2", "stopped", 75)
+    assert summary.reason == "SIGTERM" and not (tmp_path / "out-2.batchinfer").exists()
+
+
+def test_a_complete_output_with_files_to_append_is_not_complete_when_it_is_stopped(tmp_path):
+    add(tmp_path, "a.parquet", 10)
+    run_echo(job(tmp_path))
+    add(tmp_path, "b.parquet", 10)
+    summary = run_echo(job(tmp_path, limits__deadline="2001-01-01T00:00"))
+    assert (summary.state, summary.exit_code) == ("stopped", 75) and plans(tmp_path) == ["plan-000.parquet"]
 
 
 def test_a_fork_never_goes_where_other_files_are_nor_reads_an_output(tmp_path):
