@@ -82,7 +82,8 @@ def _rows(run: RunSeries, buckets: int) -> tuple[np.ndarray, np.ndarray]:
 def _level(run: RunSeries, buckets: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The highest value of each bucket, so that no peak is lost."""
     seconds, values = run.points["seconds"], run.points[name]
-    first = np.unique(np.searchsorted(seconds, np.linspace(0, run.seconds, buckets + 1)[:-1]))
+    begins = np.searchsorted(seconds, np.linspace(0, run.seconds, buckets + 1)[:-1])
+    first = np.unique([*begins, len(seconds) - 1])  # the last point too, so that the line reaches the end
     return seconds[first], np.maximum.reduceat(values, first)
 
 

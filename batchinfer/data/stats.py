@@ -82,4 +82,5 @@ def round_up_nicely(value: float) -> int:
 
 def kind_of(error: str) -> str:
     """An error without its numbers, so that equal failures of different rows are one kind."""
-    return re.sub(r"\d[\d,.]*(?<=\d)", "N", error)
+    kind = re.sub(r"\d[\d,.]*(?<=\d)", "N", error)
+    return kind if len(kind) <= 300 else f"{kind[:300]}…"
