@@ -4,8 +4,8 @@
     {"kind": "point", "time": …, "seconds": …, "rows": …, "computed": …, "kv_used": …, …}
     {"kind": "end", "time": …, "summary": {…}}          or "error": why the run died; a killed run has no such line
 
-Numbers and settings that hold on any host, never a prompt. Lines are appended whole, so a kill tears the last one at most,
-and readers pass over what is not a whole line.
+Numbers and settings that hold on any host, never a prompt. Lines are appended whole, so a kill tears the last one at
+most, and readers pass over what is not a whole line.
 """
 
 from __future__ import annotations
