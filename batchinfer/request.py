@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "error", "skipped"]
 
@@ -94,3 +94,18 @@ class Completion:
     cached_tokens: int = 0  # prompt tokens whose KV pages were shared with another request
     error: str | None = None
     skipped: bool = False  # the job wants rows like this one passed over: no failure
+
+
+@dataclass(slots=True)
+class Load:
+    """What an engine is doing right now, for progress lines. Counters are totals since it was opened."""
+
+    running: int = 0  # sequences that hold KV pages
+    waiting: int = 0
+    kv_used: float = 0.0  # share of KV pages in use, 0..1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    details: dict[str, Any] = field(default_factory=dict)  # backend-specific, goes into summary.json as it is

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from batchinfer.backends.base import Backend, Load
+from batchinfer.backends.base import Backend
 from batchinfer.job import Job
 
-__all__ = ["Backend", "Load", "open_backend"]
+__all__ = ["Backend", "open_backend"]
 
 
 def open_backend(job: Job, progress: bool = True) -> Backend:

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from batchinfer.request import Completion, Request
-
-
-@dataclass(slots=True)
-class Load:
-    """What an engine is doing right now, for progress lines. Counters are totals since it was opened."""
-
-    running: int = 0  # sequences that hold KV pages
-    waiting: int = 0
-    kv_used: float = 0.0  # share of KV pages in use, 0..1
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    details: dict[str, Any] = field(default_factory=dict)  # backend-specific, goes into summary.json as it is
+from batchinfer.request import Completion, Load, Request
 
 
 class Backend(Protocol):

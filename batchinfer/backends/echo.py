@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchinfer.backends.base import Load
 from batchinfer.job import Job
-from batchinfer.request import Completion, Output, Request
+from batchinfer.request import Completion, Load, Output, Request
 
 
 class EchoBackend:

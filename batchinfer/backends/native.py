@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchinfer.backends.base import Load
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import describe
 from batchinfer.errors import JobError
 from batchinfer.job import EngineSection, Job
-from batchinfer.request import Completion, Request
+from batchinfer.request import Completion, Load, Request
 
 
 class NativeBackend:

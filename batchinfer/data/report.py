@@ -15,11 +15,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.backends.base import Load
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.errors import ExitCode
 from batchinfer.host import peak_rss
+from batchinfer.request import Load
 
 SUMMARY = "summary.json"
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from batchinfer.backends.base import Load
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.store import LocalStore
 from batchinfer.errors import BatchInferError
 from batchinfer.job import Job
+from batchinfer.request import Load
 
 FOLDER = "runs"
 GAP = (0.5, 5.0)  # seconds between two points: short at first, so that a short run is more than two points

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.backends.base import Load
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.data.charts import Line, compact, histogram, line_chart
 from batchinfer.data.estimate import PREDICTION
@@ -18,7 +17,7 @@ from batchinfer.data.page import page
 from batchinfer.data.stats import Bin
 from batchinfer.data.survey import survey
 from batchinfer.errors import EngineError, JobError
-from batchinfer.request import Completion, Output
+from batchinfer.request import Completion, Load, Output
 from tests.echo_jobs import echo_job, run_echo, texts, write
 
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>&amp;'

@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchinfer.backends.base import Load
 from batchinfer.data.journal import ResultSchema, Tally
 from batchinfer.data.report import Progress, Summary
 from batchinfer.data.sink import OutputSchema
 from batchinfer.errors import ExitCode, InputError, JobError
 from batchinfer.job import OutputSection
+from batchinfer.request import Load
 
 
 def test_a_summary_is_one_line_for_people_and_json_for_tools():
