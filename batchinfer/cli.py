@@ -154,8 +154,7 @@ def build(job_file: str | None, model: str | None, output: str | None, settings:
         engine = Job.load(None, chosen | _ANY_JOB).engine
     else:
         raise JobError("nothing to build: name a job file, or a model with -m")
-    profile = engine.profile.model_dump()
-    click.echo(str(make(model, output, device=engine.device, dtype=engine.dtype, **profile).path))
+    click.echo(str(make(model, output, **engine.build_options()).path))
 
 
 _ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}

@@ -142,6 +142,10 @@ class EngineSection(Section):
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
     profile: ProfileSection = ProfileSection()
 
+    def build_options(self) -> dict[str, Any]:
+        """The part of the section that the build of a native engine asks for."""
+        return {"device": self.device, "dtype": self.dtype, **self.profile.model_dump()}
+
 
 class OutputSection(Section):
     path: Some = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")

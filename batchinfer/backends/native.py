@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import describe
 from batchinfer.errors import JobError
-from batchinfer.job import EngineSection, Job
+from batchinfer.job import Job
 from batchinfer.request import Completion, Load, Request
 
 
@@ -31,7 +31,7 @@ class NativeBackend:
             kv_cache_gib=options.kv_cache_gib,
             prefix_sharing=options.prefix_sharing,
             progress=progress,
-            **build_options(options),
+            **options.build_options(),
         )
         return cls(engine)
 
@@ -53,15 +53,3 @@ class NativeBackend:
 
     def close(self) -> None:
         """Nothing outlives the process; the memory goes with the object."""
-
-
-def build_options(engine: EngineSection) -> dict:
-    """The part of a job's engine section that the build asks for."""
-    profile = engine.profile
-    return {
-        "device": engine.device,
-        "dtype": engine.dtype,
-        "batch_size": profile.batch_size,
-        "step_tokens": profile.step_tokens,
-        "seq_len": profile.seq_len,
-    }

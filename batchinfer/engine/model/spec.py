@@ -117,16 +117,6 @@ class DecoderSpec:
     def qkv_size(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    @property
-    def layer_flops(self) -> int:
-        """FLOPs of one token in one layer's matrix products; attention over the context is not in it."""
-        attention = self.hidden_size * (self.qkv_size + self.num_heads * self.head_dim)
-        return 2 * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    @property
-    def head_flops(self) -> int:
-        return 2 * self.hidden_size * self.vocab_size
-
 
 def _rope(config: dict[str, Any]) -> RopeSpec:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
