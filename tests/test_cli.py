@@ -237,5 +237,5 @@ def test_help_costs_nothing():
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert not any(f"'{heavy}'" in loaded for heavy in ("torch", "transformers", "polars", "pyarrow", "pydantic"))
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "batchinfer.cli", "--help"], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "batchinfer", "--help"], cwd=root, check=True, stdout=subprocess.DEVNULL)
     assert time.perf_counter() - begun < 2  # 0.1 s on an idle machine

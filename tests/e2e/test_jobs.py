@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
 def command(model: Path, output: Path, source: str = "sample_data/prompts.parquet", *more: str) -> list[str]:
     flags = ["-i", source, "-o", str(output), "-m", str(model), "--template", "{{ prompt }}", "--max-tokens", "24"]
     settings = ["--set", "engine.dtype=float32", "--set", "checkpoint.unit_rows=32"]
-    return [sys.executable, "-m", "batchinfer.cli", "run", *flags, *settings, *more]
+    return [sys.executable, "-m", "batchinfer", "run", *flags, *settings, *more]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

@@ -1,0 +1,3 @@
+from batchinfer.cli import main
+
+main(prog_name="batchinfer")

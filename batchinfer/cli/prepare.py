@@ -1,0 +1,98 @@
+"""Before a run: `init`, `validate`, `plan`, `build`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from batchinfer.cli.shared import json_option, parse_settings, set_option, verbose_option
+from batchinfer.errors import ExitCode, JobError
+
+
+@click.command()
+@click.argument("path", metavar="[JOB.toml]", default="job.toml")
+def init(path: str) -> None:
+    """Write a commented job file to start from."""
+    from batchinfer.job import starter
+
+    target = Path(path)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(starter())
+    except FileExistsError:
+        raise JobError(f"{path} exists already; name another file") from None
+    except OSError as error:
+        raise JobError(f"cannot write {path}: {error.strerror}") from None
+    click.echo(f"wrote {path}; next: edit it, then  batchinfer validate {path}")
+
+
+@click.command()
+@click.argument("job_file", metavar="JOB.toml")
+@set_option
+@click.option(
+    "--rows", default=0, metavar="N", help="Also turn the first N rows into prompts, with the model's tokenizer."
+)
+@json_option
+@verbose_option
+def validate(job_file: str, settings: tuple[str, ...], rows: int, as_json: bool) -> None:
+    """Check a job against its input and model, without loading the model."""
+    from batchinfer.data.look import check_job
+    from batchinfer.job import Job
+
+    found = check_job(Job.load(job_file, parse_settings(settings)), rows)
+    click.echo(json.dumps(found.as_dict()) if as_json else str(found))
+    click.get_current_context().exit(int(ExitCode.FAILED_ROWS if found.failures else ExitCode.OK))
+
+
+@click.command()
+@click.argument("job_file", metavar="JOB.toml")
+@set_option
+@click.option("--sample", type=click.IntRange(1), default=1000, show_default=True, help="Rows to look at.")
+@click.option("--seed", default=0, show_default=True, help="Draws the sample.")
+@click.option("--tok-s", type=click.FloatRange(0, min_open=True), help="Tokens a second, in and out, to reckon with.")
+@click.option("--save", is_flag=True, help="Keep it beside the output, for `report` to set against what happens.")
+@json_option
+@verbose_option
+def plan(
+    job_file: str, settings: tuple[str, ...], sample: int, seed: int, tok_s: float | None, save: bool, as_json: bool
+) -> None:
+    """Foretell tokens, time and failures from a sample of the rows, without loading the model."""
+    from batchinfer.data.estimate import estimate
+    from batchinfer.data.estimate import save as keep
+    from batchinfer.job import Job
+
+    job = Job.load(job_file, parse_settings(settings))
+    found = estimate(job, sample, seed, tok_s)
+    click.echo(json.dumps(found.as_dict()) if as_json else str(found))
+    if save:
+        click.echo(f"kept in {keep(found, job.output.path)}", err=True)
+
+
+@click.command()
+@click.argument("job_file", metavar="[JOB.toml]", required=False)
+@click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
+@click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")
+@set_option
+@verbose_option
+def build(job_file: str | None, model: str | None, output: str | None, settings: tuple[str, ...]) -> None:
+    """Make an engine: convert a model once, for runs that start fast. `run` does it by itself if need be.
+
+    Without a job file, --set knows the keys of [engine] alone.
+    """
+    from batchinfer.engine.build import build as make
+    from batchinfer.job import Job
+
+    chosen = parse_settings(settings)
+    if job_file is not None:
+        job = Job.load(job_file, chosen | ({"model.path": model} if model else {}))
+        model, engine = job.model.path, job.engine
+    elif model is not None:
+        engine = Job.load(None, chosen | _ANY_JOB).engine
+    else:
+        raise JobError("nothing to build: name a job file, or a model with -m")
+    click.echo(str(make(model, output, **engine.build_options()).path))
+
+
+_ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}
