@@ -128,6 +128,11 @@ class ProfileSection(Section):
 
 class EngineSection(Section):
     backend: Literal["native", "tensorrt-llm", "echo"] = "native"
+    isolation: Literal["auto", "process", "none"] = Field(
+        "auto",
+        description="where the engine runs: in a process of its own, so that no row can end the run, or in this one; "
+        "auto: in its own, but for echo, which has nothing that can die",
+    )
     plan: str | None = Field(
         None, description="an engine folder made by `batchinfer build`; none: built into the cache"
     )
@@ -164,6 +169,11 @@ class CheckpointSection(Section):
 
 class LimitsSection(Section):
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="more failed rows than this end in exit code 3")
+    retries: int = Field(1, ge=0, description="how often a row is asked again whose failure was the engine's own")
+    restarts: int = Field(
+        10, ge=0, description="restarts of a dead engine without a row answered in between; more of them end the run"
+    )
+    engine_timeout: Span = Field("10m", description="longest time that an engine at work may show no sign of life")
     deadline: Moment | None = Field(
         None, description='when to stop taking up rows: "06:00", the next one, or an ISO date and time'
     )

@@ -93,6 +93,7 @@ class Completion:
     prompt_tokens: int | None = None
     cached_tokens: int = 0  # prompt tokens whose KV pages were shared with another request
     error: str | None = None
+    retryable: bool = False  # the error is the engine's own: the same request may do well another time
     skipped: bool = False  # the job wants rows like this one passed over: no failure
 
 

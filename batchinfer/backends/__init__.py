@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from batchinfer.backends.base import Backend
+import importlib
+from typing import Any
+
+from batchinfer.backends.base import Backend, Isolation
+from batchinfer.errors import JobError
 from batchinfer.job import Job
 
-__all__ = ["Backend", "open_backend"]
+__all__ = ["Backend", "Isolation", "open_backend", "open_engine"]
+
+# engine.backend → the class that opens it in this process. The module loads its engine when it is opened, not before.
+_ENGINES = {
+    "native": "batchinfer.backends.native:NativeBackend",
+    "echo": "batchinfer.backends.echo:EchoBackend",
+}
 
 
 def open_backend(job: Job, progress: bool = True) -> Backend:
-    """Open the engine a job names. The native engine is built into the cache first, if it was not yet.
+    """Open the engine a job names, in a process of its own where ``engine.isolation`` asks for that.
 
     Args:
         progress: tell on stderr what takes its time.
 
     Raises:
         ModelError: the model or the plan cannot be used.
+        EngineError: the engine died while it was opened.
     """
-    if job.engine.backend == "native":
-        from batchinfer.backends.native import NativeBackend
+    return open_engine(job, progress)
 
-        return NativeBackend.open(job, progress)
-    if job.engine.backend == "echo":
-        from batchinfer.backends.echo import EchoBackend
 
-        return EchoBackend.open(job)
-    from batchinfer.errors import JobError
+def open_engine(job: Job, progress: bool = True) -> Backend:
+    """Open the engine a job names, here. The native engine is built into the cache first, if it was not yet.
 
-    raise JobError('engine.backend = "tensorrt-llm" is not available in this version; use "native"')
+    Raises:
+        ModelError: the model or the plan cannot be used.
+    """
+    return _engine(job).open(job, progress)
+
+
+def _engine(job: Job) -> Any:
+    if job.engine.backend not in _ENGINES:
+        raise JobError(f'engine.backend = "{job.engine.backend}" is not available in this version; use "native"')
+    module, name = _ENGINES[job.engine.backend].split(":")
+    return getattr(importlib.import_module(module), name)

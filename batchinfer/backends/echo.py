@@ -25,7 +25,7 @@ class EchoBackend:
         self._load = Load()
 
     @classmethod
-    def open(cls, job: Job) -> EchoBackend:
+    def open(cls, job: Job, progress: bool = True) -> EchoBackend:
         from batchinfer.engine.model.tokenizer import export_tokenizer
 
         return cls(export_tokenizer(job.model.path))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from batchinfer.engine.engine import Engine
-from batchinfer.engine.plan import describe
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion, Load, Request
 
+if TYPE_CHECKING:
+    from batchinfer.engine.engine import Engine
+
 
 class NativeBackend:
     def __init__(self, engine: Engine) -> None:
+        from batchinfer.engine.plan import describe
+
         self.engine = engine
         self.tokenizer_dir = engine.plan.tokenizer_dir
         self.max_seq_len = engine.plan.profile.seq_len
@@ -20,6 +24,8 @@ class NativeBackend:
 
     @classmethod
     def open(cls, job: Job, progress: bool = True) -> NativeBackend:
+        from batchinfer.engine.engine import Engine
+
         options = job.engine
         if options.tp * options.pp > 1:
             raise JobError(
