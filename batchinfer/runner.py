@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
@@ -23,6 +22,7 @@ from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.series import Series
 from batchinfer.data.sink import OutputSchema, Sink
 from batchinfer.data.source import Source
+from batchinfer.data.store import open_store
 from batchinfer.data.threads import Deadline, Halt, StopNow, StopSignals
 from batchinfer.deadline import ends_at
 from batchinfer.engine.model.source import ModelSource
@@ -131,7 +131,7 @@ def _stopped_before_work(job: Job, halt: Halt) -> Summary:
     try:
         summary = summarize(look(job.output.path), job.limits.max_failed_fraction)
     except JobError:  # not begun either
-        summary = Summary(Path(job.output.path), "stopped", ExitCode.STOPPED)
+        summary = Summary(open_store(job.output.path).root, "stopped", ExitCode.STOPPED)
     return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
 
 

@@ -31,15 +31,20 @@ def status(job_or_output: str, as_json: bool) -> None:
 def report(job_or_output: str, output: str | None, samples: int) -> None:
     """Write a page with plots about an output, also while it is made. It is one HTML file and needs no network."""
     from batchinfer.data.page import page
+    from batchinfer.data.store import open_store
     from batchinfer.data.survey import survey
 
     found = survey(output_of(job_or_output), samples)
-    target = Path(output) if output else Path(f"{found.output}.batchinfer", "report.html")
+    if output is None:
+        store = open_store(f"{found.output}.batchinfer")
+        store.replace("report.html", page(found).encode())
+        click.echo(str(store.path("report.html")))
+        return
     try:
-        target.write_text(page(found), "utf-8")
+        Path(output).write_text(page(found), "utf-8")
     except OSError as error:
-        raise JobError(f"cannot write {target}: {error.strerror}; -o names another file") from None
-    click.echo(str(target))
+        raise JobError(f"cannot write {output}: {error.strerror}; -o names another file") from None
+    click.echo(output)
 
 
 @click.command()

@@ -156,7 +156,7 @@ def longest_sequence(job: Job) -> int:
     return job.engine.profile.seq_len or min(ModelSource.resolve(job.model.path).max_position(), DEFAULT_SEQ_LEN)
 
 
-def save(found: Estimate, output: str) -> Path:
+def save(found: Estimate, output: str) -> Path | str:
     """Keep an estimate beside the output, for the report to set what happened against."""
     store = Ledger(output).store
     store.make_folder(".")

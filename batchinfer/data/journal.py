@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.data.source import Unit
-from batchinfer.data.store import LocalStore
+from batchinfer.data.store import Store
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import EngineError
 from batchinfer.request import Completion, FinishReason
@@ -136,7 +136,7 @@ class Journal(Worker):
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         epoch: int,
         results: ResultSchema,
         sync: tuple[float, int],

@@ -20,14 +20,12 @@ finishes the move). Nothing but parts ever lies in OUT, as ``polars.scan_parquet
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -35,9 +33,9 @@ import pyarrow.parquet as pq
 
 from batchinfer.cache import digest
 from batchinfer.data import manifest, plan
-from batchinfer.data.lock import Lock, holder, is_running, lives
+from batchinfer.data.lock import holder, is_running, lives
 from batchinfer.data.source import Source, Unit
-from batchinfer.data.store import LocalStore
+from batchinfer.data.store import Store, open_store
 from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError
 
 
@@ -71,10 +69,16 @@ class Ledger:
         LockedError: another run holds this output.
         IntegrityError: a committed part is missing or has another size.
         OutputError: OUT cannot be written, or holds files that are not this job's.
+
+    Attributes:
+        output: what people call OUT.
+        parts: OUT, and nothing but parts.
+        store: OUT.batchinfer/.
     """
 
-    def __init__(self, output: str | os.PathLike[str], store: type[LocalStore] = LocalStore) -> None:
-        self.output = Path(os.path.abspath(os.path.expanduser(output)))
+    def __init__(self, output: str | os.PathLike[str], store: Callable[[str], Store] = open_store) -> None:
+        self.parts = store(os.fspath(output))
+        self.output = self.parts.root
         self.store = store(f"{self.output}.batchinfer")
         self.epoch = 0
         self.units: list[Unit] = []
@@ -85,7 +89,7 @@ class Ledger:
         self.identity: dict[str, Any] | None = None  # job.json; None: this output was not begun
 
     def __enter__(self) -> Ledger:
-        self._lock = Lock(self.store, self.output)
+        self._lock = self.store.lock("lock", self.output)
         try:
             self._load()
         except BaseException:
@@ -98,11 +102,7 @@ class Ledger:
 
     def close(self) -> None:
         """Give the output free."""
-        if self.identity is None:  # nothing was begun: leave no trace
-            self.store.remove(["lock"])
-            with contextlib.suppress(OSError):
-                self.store.root.rmdir()
-        self._lock.release()
+        self._lock.release(leave_trace=self.identity is not None)
 
     # ---- beginning and resuming
 
@@ -120,7 +120,7 @@ class Ledger:
         if self.identity is not None:
             self.check_semantic(semantic)
         else:
-            self._claim_output()
+            self.parts.claim(self.store)
             self.units = source.units(unit_rows)
             self.store.replace(plan.name_of(0), plan.encode(self.units, source.files))
             self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
@@ -200,16 +200,18 @@ class Ledger:
 
     def commit(self, commits: list[Commit]) -> None:
         """Make staged units exist. A unit that another run committed first is dropped here, its part thrown away."""
+        self._lock.check()
         self.store.sync("staged")
         for commit in commits:
             name = self._staged(commit.unit, commit.epoch)
             record = json.dumps(asdict(commit), separators=(",", ":")).encode()
-            if self.store.put_if_absent(f"commits/{commit.unit:06d}.json", record):
+            record_name = f"commits/{commit.unit:06d}.json"
+            if self.store.put_if_absent(record_name, record):
                 self._publish(commit)
                 self.commits[commit.unit] = commit
             else:
                 self.store.remove([name])
-                self.commits[commit.unit] = self._read_commit(f"{commit.unit:06d}.json")
+                self.commits[commit.unit] = self._parse_commit(record_name, self.store.read(record_name))
 
     def verify(self) -> int:
         """Re-read every committed part: checksum and row count; the manifest too. Returns the rows verified.
@@ -218,9 +220,9 @@ class Ledger:
         """
         problems = []
         for commit in self.commits.values():
-            path = self.output / commit.part
+            path = self.parts.path(commit.part)
             try:
-                data = path.read_bytes()
+                data = self.parts.read(commit.part)
                 if hashlib.sha256(data).hexdigest() != commit.sha256:
                     problems.append(f"{path}: its bytes are not those committed (sha256 differs)")
                 elif pq.read_metadata(pa.BufferReader(data)).num_rows != commit.rows:
@@ -244,13 +246,13 @@ class Ledger:
             return
         except ValueError as error:
             raise IntegrityError(f"{self.store.path('job.json')} is damaged: {error}") from None
-        for name in self.store.list("commits", ".json"):
-            commit = self._read_commit(name)
+        records = [f"commits/{name}" for name in self.store.list("commits", ".json")]
+        for name, record in zip(records, self.store.read_all(records)):
+            commit = self._parse_commit(name, record)
             self.commits[commit.unit] = commit
         if stray := self.commits.keys() - range(len(self.units)):
             raise IntegrityError(f"{self.store.root} lacks a plan: unit {min(stray)} is committed and in none")
-        for commit in self.commits.values():
-            self._check_published(commit)
+        self._check_published()
         self._clear()
 
     def _write_appended(self) -> None:
@@ -260,31 +262,35 @@ class Ledger:
             raise LockedError(f"another run has just appended input files to {self.output}; run again")
         self._plans, self._appended = self._plans + 1, None
 
-    def _read_commit(self, name: str) -> Commit:
+    def _parse_commit(self, name: str, record: bytes) -> Commit:
         try:
-            return Commit(**json.loads(self.store.read(f"commits/{name}")))
+            return Commit(**json.loads(record))
         except (ValueError, TypeError) as error:
-            raise IntegrityError(f"commit record {self.store.path(f'commits/{name}')} is damaged: {error}") from None
+            raise IntegrityError(f"commit record {self.store.path(name)} is damaged: {error}") from None
 
-    def _check_published(self, commit: Commit) -> None:
-        try:
-            size = os.stat(self.output / commit.part).st_size
-        except FileNotFoundError:
-            size = self.store.size(self._staged(commit.unit, commit.epoch))
-            if size == commit.bytes:  # the run died between the commit and the move
-                self._publish(commit)
-        if size != commit.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise IntegrityError(
-                f"{self.output / commit.part} {found}; {commit.bytes} bytes were committed. Restore it, or start over "
-                f"by deleting {self.output} and {self.store.root}"
-            )
+    def _check_published(self) -> None:
+        """Compare the parts with the commits, and finish moves that a run which died had begun."""
+        there = self.parts.walk()
+        for commit in self.commits.values():
+            size = there.get(commit.part)
+            if size is None:
+                size = self.store.size(self._staged(commit.unit, commit.epoch))
+                if size == commit.bytes:
+                    self._publish(commit)
+                elif size is None:
+                    size = self.parts.size(commit.part)  # another run may have moved it meanwhile
+            if size != commit.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise IntegrityError(
+                    f"{self.parts.path(commit.part)} {found}; {commit.bytes} bytes were committed. Restore it, or "
+                    f"start over by deleting {self.output} and {self.store.root}"
+                )
 
     def _publish(self, commit: Commit) -> None:
         try:
-            self.store.move(self.store.path(self._staged(commit.unit, commit.epoch)), self.output / commit.part)
+            self.store.move(self._staged(commit.unit, commit.epoch), self.parts, commit.part)
         except OutputError:
-            if not (self.output / commit.part).exists():  # else another run published it for us
+            if self.parts.size(commit.part) is None:  # else another run published it for us
                 raise
 
     def left_behind(self) -> Iterator[str]:
@@ -302,25 +308,6 @@ class Ledger:
 
     def _clear(self) -> None:
         self.store.remove(self.left_behind())
-
-    def _claim_output(self) -> None:
-        """Raises: OutputError if OUT holds somebody else's files or is another file system than its control folder."""
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            entries = sorted(os.listdir(self.output))
-            mounted = os.stat(self.output).st_dev != os.stat(self.store.root).st_dev
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.output}: {error.strerror}") from None
-        if entries:
-            raise OutputError(
-                f"{self.output} is not empty (it holds {entries[0]}) and no job was begun in it; choose another "
-                "output.path or empty it"
-            )
-        if mounted:
-            raise OutputError(
-                f"{self.output} is a mount point, so its control folder {self.store.root} would lie on another file "
-                f"system; choose a folder inside it, such as {self.output / 'completions'}"
-            )
 
     @staticmethod
     def _staged(unit: int, epoch: int) -> str:

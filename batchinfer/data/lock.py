@@ -9,37 +9,67 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from batchinfer.data.store import LocalStore
 from batchinfer.errors import LockedError, OutputError
 
+if TYPE_CHECKING:
+    from batchinfer.data.store import Store
 
-class Lock:
-    """An flock on the control folder's ``lock``, which says who holds it. It ends with the process, however that dies.
+
+class Lock(Protocol):
+    """Held from the moment it is made to its ``release``, or until the process dies.
 
     Only saves work: two runs that both believe they hold it still commit every row once (see ledger.py).
+    """
+
+    def check(self) -> None:
+        """Raises: LockedError if it was lost to another run."""
+
+    def release(self, leave_trace: bool = True) -> None:
+        """Give it up. Without a trace: it was never made, nor its folder if that is empty."""
+
+
+class FileLock:
+    """An flock on a file, which says who holds it. It ends with the process, however that dies.
 
     Raises: LockedError naming the holder.
     """
 
-    def __init__(self, store: LocalStore, output: Path) -> None:
-        store.make_folder(".")
-        self._path = store.path("lock")
+    def __init__(self, path: Path, output: Path) -> None:
+        self._path = path
         self._stream = self._take(output)
         while not self._is_current():  # its last holder removed it while we took it: there is a new one, or none
             self._stream.close()
-            store.make_folder(".")
             self._stream = self._take(output)
         self._stream.truncate(0)
         json.dump(holder(), self._stream)
         self._stream.flush()
 
-    def release(self) -> None:
+    def check(self) -> None:
+        """The kernel lets nobody else have it."""
+
+    def release(self, leave_trace: bool = True) -> None:
+        if not leave_trace:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+                self._path.parent.rmdir()
         self._stream.close()
+
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        try:
+            with open(path) as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _take(self, output: Path) -> TextIO:
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             stream = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (held until it is released)
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror}") from None
@@ -64,7 +94,7 @@ def holder() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
 
 
-def lives(store: LocalStore, lease: str) -> bool:
+def lives(store: Store, lease: str) -> bool:
     """Whether the run of a lease is another process of this machine that still runs."""
     try:
         told = json.loads(store.read(f"leases/{lease}"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchinfer.data.journal import ResultSchema
-from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import summarize
 from batchinfer.data.sink import OutputSchema
@@ -117,14 +116,7 @@ class Standing:
 def standing(output: str | os.PathLike[str]) -> Standing:
     """Raises what ``look`` raises."""
     ledger = look(output)
-    try:
-        with open(ledger.store.path("lock")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return Standing(ledger, running=False)
-    except BlockingIOError:
-        return Standing(ledger, running=True)
-    except OSError:
-        return Standing(ledger, running=False)
+    return Standing(ledger, running=ledger.store.is_locked("lock"))
 
 
 def look(output: str | os.PathLike[str]) -> Ledger:
@@ -142,7 +134,7 @@ def look(output: str | os.PathLike[str]) -> Ledger:
 
 
 class _Unlocked(Ledger):
-    def _check_published(self, commit: Commit) -> None:
+    def _check_published(self) -> None:
         """A part may be on its way."""
 
     def _clear(self) -> None:

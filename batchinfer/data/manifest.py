@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batchinfer.errors import OutputError
-
 if TYPE_CHECKING:
     from batchinfer.data.ledger import Ledger
-    from batchinfer.data.store import LocalStore
+    from batchinfer.data.store import Store
 
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 
@@ -32,15 +30,13 @@ def publish(ledger: Ledger) -> None:
         ledger.store.replace(SUCCESS, _sealed(manifest))
 
 
-def withdraw(store: LocalStore) -> None:
+def withdraw(store: Store) -> None:
     """Take both away, ``_SUCCESS`` first, as the output is about to change.
 
     Raises: OutputError if they stay, since somebody would take the old answer for the new one.
     """
     for name in (SUCCESS, MANIFEST):
-        store.remove([name])
-        if store.size(name) is not None:
-            raise OutputError(f"cannot remove {store.path(name)}, and the output is about to change; remove it")
+        store.remove([name], strict=True)
         store.sync(".")
 
 
@@ -98,7 +94,7 @@ def describe(ledger: Ledger) -> dict[str, Any]:
 def _schema(ledger: Ledger) -> list[dict[str, str]]:
     """Columns of the parts, which all have the same."""
     first = ledger.commits[ledger.units[0].index]
-    schema = pq.read_schema(ledger.output / first.part)
+    schema = pq.read_schema(ledger.parts.open(first.part))
     return [{"name": field.name, "type": str(field.type)} for field in schema]
 
 

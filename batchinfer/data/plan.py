@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.data.source import InputFile, Source, Unit
-from batchinfer.data.store import LocalStore
+from batchinfer.data.store import Store
 from batchinfer.errors import DriftError, IntegrityError
 
 OF_FILE = ("path", "size", "mtime_ns", "footer")
@@ -25,7 +25,7 @@ def name_of(number: int) -> str:
     return f"plan-{number:03d}.parquet"
 
 
-def read(store: LocalStore) -> tuple[list[Unit], Files, int]:
+def read(store: Store) -> tuple[list[Unit], Files, int]:
     """Units, files and how many plans there are.
 
     Raises: FileNotFoundError if none was written, IntegrityError if one is damaged or missing.

@@ -31,7 +31,7 @@ class Summary:
     ``logged`` rows are finished, but not all of their unit is, so that they are not in the output yet.
     """
 
-    output: Path
+    output: Path | str
     state: Literal["complete", "stopped"]
     exit_code: ExitCode
     rows: int = 0  # of the whole job
@@ -139,12 +139,12 @@ def write_summary(ledger: Ledger, summary: Summary) -> None:
 
 def first_rows(output: str | os.PathLike[str], count: int) -> pa.Table:
     """The first committed rows of an output, in the input's order, with the columns of its parts."""
-    root = Path(os.path.expanduser(output))
+    ledger = Ledger(output)
     tables: list[pa.Table] = []
-    for record in sorted(Path(f"{root}.batchinfer", "commits").glob("*.json")):
+    for record in ledger.store.list("commits", ".json"):
         if count <= 0:
             break
-        with pq.ParquetFile(root / json.loads(record.read_bytes())["part"]) as part:
+        with pq.ParquetFile(ledger.parts.open(json.loads(ledger.store.read(f"commits/{record}"))["part"])) as part:
             table = pa.Table.from_batches(part.iter_batches(max(count, 1)), part.schema_arrow).slice(0, count)
         tables.append(table.replace_schema_metadata(None))
         count -= table.num_rows

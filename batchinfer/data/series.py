@@ -24,7 +24,7 @@ import numpy as np
 
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.store import LocalStore
+from batchinfer.data.store import Store
 from batchinfer.errors import BatchInferError
 from batchinfer.job import Job
 from batchinfer.request import Load
@@ -141,15 +141,14 @@ class _Reading:
     columns: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in (*POINT, *LOAD)})
 
 
-def read_runs(store: LocalStore) -> list[RunSeries]:
+def read_runs(store: Store) -> list[RunSeries]:
     """All runs on an output, the first one first. What is not a whole line is passed over."""
     runs = []
     for name in store.list(FOLDER, ".jsonl"):
         reading = _Reading()
-        with open(store.path(f"{FOLDER}/{name}"), "rb") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    _read_line(json.loads(line), reading)
+        for line in store.read(f"{FOLDER}/{name}").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                _read_line(json.loads(line), reading)
         if reading.begin is not None:
             points = {name: np.array(column) for name, column in reading.columns.items()}
             times = [reading.begin["time"], *points["time"][-1:].tolist(), *filter(None, [reading.end.get("time")])]

@@ -55,7 +55,7 @@ class Sample:
 class Survey:
     """What an output is, holds and was made by."""
 
-    output: Path
+    output: Path | str
     state: str  # complete | running | unfinished
     rows: int
     job: Tally  # all that is committed
@@ -133,7 +133,7 @@ def _count(ledger: Ledger, commit: Commit, prefix: str, found: Survey) -> None:
     why = ("error", "finish_reason") if commit.failed else ()
     names = [prefix + name for name in ("prompt_tokens", "completion_tokens", *why)]
     row = 0
-    with pq.ParquetFile(ledger.output / commit.part) as part:
+    with pq.ParquetFile(ledger.parts.open(commit.part)) as part:
         for batch in part.iter_batches(65_536, columns=names):
             found.prompt.add(_numbers(batch[names[0]]))
             found.completion.add(_numbers(batch[names[1]]))
@@ -164,7 +164,7 @@ def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, 
     for commit, wanted in sorted(Counter(i * len(good) // count for i in range(count if good else 0)).items()):
         commit = good[commit]
         try:
-            with pq.ParquetFile(ledger.output / commit.part) as part:
+            with pq.ParquetFile(ledger.parts.open(commit.part)) as part:
                 carried = [name for name in asked if name in part.schema_arrow.names]
                 names = [prefix + n for n in ("completion", "finish_reason", "prompt_tokens", "completion_tokens")]
                 answered = np.flatnonzero(part.read([names[0]])[names[0]].is_valid().to_numpy())

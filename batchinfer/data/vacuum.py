@@ -12,7 +12,6 @@ from typing import Any
 from batchinfer.data.ledger import Commit, Ledger
 from batchinfer.data.lock import lives
 from batchinfer.data.look import look
-from batchinfer.errors import OutputError
 
 PART = re.compile(r"part-\d+-\d+\.parquet")  # Ledger.part_name
 
@@ -21,7 +20,7 @@ PART = re.compile(r"part-\d+-\d+\.parquet")  # Ledger.part_name
 class Vacuumed:
     """What was removed, or would be."""
 
-    output: Path
+    output: Path | str
     dry_run: bool
     files: dict[str, int] = field(default_factory=dict)  # path → bytes
     foreign: list[str] = field(default_factory=list)  # files in OUT that are nobody's parts; they stay
@@ -53,16 +52,14 @@ def vacuum(output: str | os.PathLike[str], dry_run: bool = False) -> Vacuumed:
     with _Resting(output) as ledger:
         done = Vacuumed(ledger.output, dry_run)
         committed = {commit.part for commit in ledger.commits.values()}
-        for path in sorted(p for p in ledger.output.rglob("*") if not p.is_dir()):
-            if not PART.fullmatch(path.name):
-                done.foreign.append(str(path))
-            elif path.relative_to(ledger.output).as_posix() not in committed:
-                done.files[str(path)] = path.lstat().st_size
-        for name in ledger.left_behind():
-            path = ledger.store.path(name)
-            done.files[str(path)] = path.lstat().st_size
-        if not dry_run:
-            _remove(done.files)
+        stray = {name: size for name, size in ledger.parts.walk().items() if name not in committed}
+        done.foreign = [str(ledger.parts.path(name)) for name in stray if not PART.fullmatch(name.rpartition("/")[2])]
+        stray = {name: size for name, size in stray.items() if PART.fullmatch(name.rpartition("/")[2])}
+        left = {name: ledger.store.size(name) or 0 for name in ledger.left_behind()}
+        for store, files in ((ledger.parts, stray), (ledger.store, left)):
+            done.files |= {str(store.path(name)): size for name, size in files.items()}
+            if not dry_run:
+                store.remove(files, strict=True)
     return done
 
 
@@ -83,11 +80,3 @@ class _Resting(Ledger):
         yield from (name for name in super().left_behind() if name not in self._due)
         *old, _ = self.store.list("leases", ".json") or [""]  # the last says which epoch is next
         yield from (f"leases/{name}" for name in old if not lives(self.store, name))
-
-
-def _remove(paths: dict[str, int]) -> None:
-    for path in paths:
-        try:
-            Path(path).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot remove {path}: {error.strerror}") from None

@@ -45,7 +45,7 @@ def test_replace_append_move_and_remove(tmp_path):
     store.replace("a", b"2")
     store.append("log", b"x")
     store.append("log", b"y")
-    store.move(store.path("log"), tmp_path / "deep" / "er" / "log")
+    store.move("log", LocalStore(tmp_path / "deep"), "er/log")
     assert store.read("a") == b"2" and store.read("deep/er/log") == b"xy" and store.size("log") is None
     store.remove(["a", "never there"])
     assert store.list(".") == [] and store.list("nowhere") == []

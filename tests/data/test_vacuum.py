@@ -118,7 +118,7 @@ def test_what_cannot_be_removed_is_an_error(tmp_path, rubbish, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(OutputError, match="cannot remove .*part-.*: Permission denied"):
         vacuum(tmp_path / "out")
 
