@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
-from batchinfer.engine.kernels.linear import Linear, linear
+from batchinfer.engine.kernels.linear import Linear, dense, load_linear
 from batchinfer.engine.model.spec import DecoderSpec
 
 Group = dict[str, Tensor]
@@ -32,13 +32,13 @@ class Layer:
     def from_weights(cls, group: Group) -> Layer:
         return cls(
             attn_norm=group["attn_norm.weight"],
-            qkv=linear(group["qkv.weight"], group.get("qkv.bias")),
+            qkv=load_linear(group, "qkv"),
             q_norm=group.get("q_norm.weight"),
             k_norm=group.get("k_norm.weight"),
-            o=linear(group["o.weight"], group.get("o.bias")),
+            o=load_linear(group, "o"),
             mlp_norm=group["mlp_norm.weight"],
-            gate_up=linear(group["gate_up.weight"], group.get("gate_up.bias")),
-            down=linear(group["down.weight"], group.get("down.bias")),
+            gate_up=load_linear(group, "gate_up"),
+            down=load_linear(group, "down"),
         )
 
 
@@ -77,7 +77,7 @@ class Decoder:
         self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in range(spec.num_layers)]
         head = load("head")
         self.norm = head["norm.weight"]
-        self.head = linear(self.embedding if spec.tied_head else head["weight"])
+        self.head = dense(self.embedding if spec.tied_head else head["weight"])
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
         self._normed = torch.empty(max_tokens, spec.hidden_size, dtype=dtype, device=device)

@@ -1,0 +1,30 @@
+"""Linear: y = x @ weight.T + bias, one class for each form that a weight is kept in.
+
+Contract: x ``dtype[T, K]`` → ``dtype[T, N]``, accumulated in float32 or int32. A plan holds the linear ``qkv`` as one
+tensor named by its form, ``qkv.weight`` or ``qkv.fp8`` …, with what belongs to it beside: ``qkv.scale``, ``qkv.bias`` ….
+The reference of every form is ``torch.nn.functional.linear`` with the weight that its ``dequantize`` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from batchinfer.engine.kernels.linear.dense import Linear, dense
+from batchinfer.engine.kernels.linear.fp8 import Fp8Linear
+
+__all__ = ["FORMS", "Fp8Linear", "Linear", "dense", "load_linear"]
+
+# form → what makes a Linear of the tensors that belong to it, by their names
+FORMS: dict[str, Callable[..., Linear]] = {
+    "weight": dense,
+    "fp8": Fp8Linear,
+}
+
+
+def load_linear(group: dict[str, Tensor], name: str) -> Linear:
+    """The linear ``name`` of a plan's group, where its tensors lie and in the form in which they are there."""
+    parts = {key.removeprefix(f"{name}."): value for key, value in group.items() if key.startswith(f"{name}.")}
+    [form] = FORMS.keys() & parts.keys()
+    return FORMS[form](**parts)
