@@ -147,9 +147,13 @@ class EngineSection(Section):
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
     profile: ProfileSection = ProfileSection()
 
-    def build_options(self) -> dict[str, Any]:
-        """The part of the section that the build of a native engine asks for."""
-        return {"device": self.device, "dtype": self.dtype, **self.profile.model_dump()}
+
+class BuildSection(Section):
+    """How a model becomes an engine, beside what it is built for."""
+
+    quantization: Literal["auto", "none", "fp8"] = Field(
+        "auto", description="how the weights of layers are kept; auto: as the model comes"
+    )
 
 
 class OutputSection(Section):
@@ -197,6 +201,7 @@ class Job(Section):
     sampling: SamplingSection = SamplingSection()
     model: ModelSection
     engine: EngineSection = EngineSection()
+    build: BuildSection = BuildSection()
     output: OutputSection
     checkpoint: CheckpointSection = CheckpointSection()
     limits: LimitsSection = LimitsSection()
@@ -239,6 +244,11 @@ class Job(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise JobError(_explain(error, origin or {})) from None
+
+    def build_options(self) -> dict[str, Any]:
+        """What the build of a native engine is asked for."""
+        engine = {"device": self.engine.device, "dtype": self.engine.dtype, **self.engine.profile.model_dump()}
+        return engine | self.build.model_dump()
 
     def semantic(self) -> dict[str, Any]:
         """The part of the job that decides what a row's completion is; the rest may change between runs.

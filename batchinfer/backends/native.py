@@ -37,7 +37,7 @@ class NativeBackend:
             kv_cache_gib=options.kv_cache_gib,
             prefix_sharing=options.prefix_sharing,
             progress=progress,
-            **options.build_options(),
+            **job.build_options(),
         )
         return cls(engine)
 

@@ -16,6 +16,7 @@ from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert
 from batchinfer.engine.plan import FORMAT, EnginePlan, Profile, device_name
+from batchinfer.engine.quant import find_scheme, quantize
 from batchinfer.errors import ModelError
 
 # What an engine is built for when the job does not say: (sequences, tokens a step). A CPU's caches hold the
@@ -32,6 +33,7 @@ def build(
     batch_size: int = 0,
     step_tokens: int = 0,
     seq_len: int = 0,
+    quantization: str = "auto",
     progress: bool = True,
 ) -> EnginePlan:
     """Build an engine for ``model``; into the cache when no ``output`` is given, where an equal build is found again.
@@ -41,6 +43,7 @@ def build(
         output: folder to make; it must not exist yet.
         device, dtype: "auto" takes a CUDA GPU if there is one, and bfloat16 where the device multiplies it fast.
         batch_size, step_tokens, seq_len: limits of the profile, 0 for defaults.
+        quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
 
     Raises:
         ModelError: the model cannot be used, the limits contradict it, or ``output`` exists. Nothing half-made stays.
@@ -48,8 +51,9 @@ def build(
     source = ModelSource.resolve(model)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
+    scheme = find_scheme(quantization)
     if output is None:
-        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len]
+        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, quantization]
         key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
         target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
         if target.is_dir():
@@ -66,7 +70,10 @@ def build(
         (folder / "tokenizer").mkdir()
         write_tokenizer(source, folder / "tokenizer")
         (folder / "weights").mkdir()
-        groups = convert(source, spec, getattr(torch, dtype))
+        held = getattr(torch, dtype)
+        groups = convert(source, spec, held)
+        if scheme is not None:
+            groups = quantize(convert(source, spec, held, torch.float32), scheme, held)
         shown = progress and sys.stderr.isatty()
         for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
             save_file(group, folder / "weights" / f"{name}.safetensors")
@@ -76,11 +83,12 @@ def build(
             spec=spec,
             device=device,
             dtype=dtype,
-            quantization="none",
+            quantization=scheme.name if scheme else "none",
             profile=profile,
             eos_token_ids=eos_token_ids,
             fingerprint={
                 "weights": source.weights_digest(),
+                "tensors": file_digest(sorted((folder / "weights").iterdir())),
                 "tokenizer": file_digest(sorted((folder / "tokenizer").iterdir())),
                 "device": device_name(device),
                 "torch": torch.__version__,

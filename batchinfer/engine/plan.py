@@ -24,7 +24,7 @@ from batchinfer.cache import digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EnginePlan:
     quantization: str
     profile: Profile
     eos_token_ids: tuple[int, ...]
-    fingerprint: dict[str, str]  # weights and tokenizer digests, device, versions
+    fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
 
     @classmethod
     def load(cls, path: str | Path) -> EnginePlan:
@@ -132,7 +132,7 @@ def describe(plan: EnginePlan) -> dict[str, Any]:
         "engine": "native",
         "decoder": digest(plan.spec.to_dict()),
         "eos_token_ids": list(plan.eos_token_ids),
-        "weights": plan.fingerprint["weights"],
+        "weights": plan.fingerprint["tensors"],
         "tokenizer": plan.fingerprint["tokenizer"],
         "dtype": plan.dtype,
         "quantization": plan.quantization,

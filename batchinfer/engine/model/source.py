@@ -123,8 +123,9 @@ class ModelSource:
 
 @functools.cache
 def code_digest() -> str:
-    """Of the code that reads models: what other code made of one is never taken from a cache."""
-    return file_digest(sorted(Path(__file__).parent.glob("*.py")))
+    """Of the code that reads and quantises models: what other code made of one is never taken from a cache."""
+    engine = Path(__file__).parents[1]
+    return file_digest([file for part in ("model", "quant") for file in sorted((engine / part).glob("*.py"))])
 
 
 def read_json(path: Path) -> dict[str, Any]:

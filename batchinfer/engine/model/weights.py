@@ -58,11 +58,12 @@ def layer_tensor_names(spec: DecoderSpec) -> list[str]:
 
 
 def convert(
-    source: ModelSource, spec: DecoderSpec, dtype: torch.dtype
+    source: ModelSource, spec: DecoderSpec, dtype: torch.dtype, layer_dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield the model group by group (``embed``, ``layer-000`` …, ``head``), each a dict of engine tensors.
 
-    Matrices and biases come in ``dtype``; norm weights in float32. Only one group is held in memory at a time.
+    Matrices and biases come in ``dtype``, those of layers in ``layer_dtype`` if given; norm weights in float32. Only
+    one group is held in memory at a time.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the config says.
@@ -87,7 +88,7 @@ def convert(
                     f"{source.name}: layer {layer} {name} has shape {list(stacked.shape)}, "
                     f"the config says {list(expected)}"
                 )
-            group[name] = stacked.to(torch.float32 if "norm" in name else dtype).contiguous()
+            group[name] = stacked.to(torch.float32 if "norm" in name else layer_dtype or dtype).contiguous()
         yield f"layer-{layer:03d}", group
     head = {"norm.weight": tensors.get("model.norm.weight").float()}
     if not spec.tied_head:

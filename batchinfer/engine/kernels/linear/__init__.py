@@ -1,8 +1,8 @@
 """Linear: y = x @ weight.T + bias, one class for each form that a weight is kept in.
 
 Contract: x ``dtype[T, K]`` → ``dtype[T, N]``, accumulated in float32 or int32. A plan holds the linear ``qkv`` as one
-tensor named by its form, ``qkv.weight`` or ``qkv.fp8`` …, with what belongs to it beside: ``qkv.scale``, ``qkv.bias`` ….
-The reference of every form is ``torch.nn.functional.linear`` with the weight that its ``dequantize`` gives.
+tensor named by its form, ``qkv.weight`` or ``qkv.fp8`` …, with what belongs to it beside: ``qkv.scale``, ``qkv.bias``.
+The reference of every form is ``torch.nn.functional.linear`` with the weight that its numbers stand for.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""FP8 W8A8: what rounding to e4m3 costs, and the linear that computes with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchinfer import Engine, SamplingParams
+from batchinfer.engine.kernels.linear import Fp8Linear, load_linear
+from batchinfer.engine.kernels.linear.fp8 import MOST, quantize_e4m3
+from batchinfer.engine.quant import fp8
+from tests.engine.tiny import DEVICES, make_model
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_row_is_kept_to_three_bits_of_mantissa_whatever_its_size():
+    x = matrix(5, 64) * torch.tensor([[1e-6], [1.0], [1e6], [0.0], [1e-30]])
+    x[1, 3] = 1e4  # an outlier: the small ones of its row lose precision, those of other rows do not
+    quantised, scale = quantize_e4m3(x)
+    error = (quantised.float() * scale - x).abs()
+    steps = torch.maximum(x.abs() / 16, x.abs().amax(1, keepdim=True) / MOST * 2**-9)
+    assert (error <= steps * 1.001).all()
+    assert error[2].amax() < 1e6 / 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 32, 48), (17, 64, 32), (5, 24, 20)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_linear_is_that_of_its_rounded_numbers(device, tokens, inputs, outputs, bias):
+    x, weight = matrix(tokens, inputs).bfloat16().to(device), matrix(outputs, inputs, 1).to(device)
+    group = {f"o.{part}": tensor for part, tensor in fp8.quantize(weight).items()}
+    if bias:
+        group["o.bias"] = matrix(1, outputs, 2)[0].bfloat16().to(device)
+    made = load_linear(group, "o")
+    assert isinstance(made, Fp8Linear) and made.input_dtype == torch.float8_e4m3fn
+    rounded = [quantised.float() * scale for quantised, scale in map(quantize_e4m3, (x, weight))]
+    expected = F.linear(*rounded, group.get("o.bias", torch.zeros(outputs, device=device)).float())
+    torch.testing.assert_close(made(x).float(), expected, rtol=2e-2, atol=5e-2)
+    assert torch.equal(made(*quantize_e4m3(x)), made(x))  # whoever made x may have quantised it already
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device):
+    folder = make_model(tmp_path / "model", "qwen2")
+    prompts = [[1, 2, 3, 4 + i, 5] for i in range(64)]
+    said = {}
+    for quantization in ("none", "fp8"):
+        engine = Engine(folder, device=device, dtype="bfloat16", quantization=quantization, seq_len=64)
+        assert engine.plan.quantization == quantization
+        done = engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
+        said[quantization] = [token for c in sorted(done, key=lambda c: c.key) for token in c.outputs[0].token_ids]
+    equal = sum(a == b for a, b in zip(said["none"], said["fp8"]))
+    assert equal > 0.4 * len(said["none"])  # by chance one of 320
+
+
+def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_path):
+    from batchinfer.engine.build import build
+    from batchinfer.engine.plan import describe
+
+    folder = make_model(tmp_path / "model", "llama")
+    options = dict(seq_len=64, progress=False, device="cpu")
+    plans = [
+        build(str(folder), tmp_path / f"engine-{i}", quantization=quantization, **options)
+        for i, quantization in enumerate(["fp8", "fp8", "none"])
+    ]
+    assert describe(plans[0]) == describe(plans[1]) != describe(plans[2])
+    assert plans[0].fingerprint == plans[1].fingerprint
