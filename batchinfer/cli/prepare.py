@@ -74,25 +74,25 @@ def plan(
 @click.argument("job_file", metavar="[JOB.toml]", required=False)
 @click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
 @click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")
+@click.option("--quantization", metavar="SCHEME", help="How weights are kept: none, fp8; as the model comes otherwise.")
 @set_option
 @verbose_option
-def build(job_file: str | None, model: str | None, output: str | None, settings: tuple[str, ...]) -> None:
+def build(
+    job_file: str | None, model: str | None, output: str | None, quantization: str | None, settings: tuple[str, ...]
+) -> None:
     """Make an engine: convert a model once, for runs that start fast. `run` does it by itself if need be.
 
-    Without a job file, --set knows the keys of [engine] alone.
+    Without a job file, --set knows the keys of [engine] and [build] alone.
     """
     from batchinfer.engine.build import build as make
     from batchinfer.job import Job
 
-    chosen = parse_settings(settings)
-    if job_file is not None:
-        job = Job.load(job_file, chosen | ({"model.path": model} if model else {}))
-        model, engine = job.model.path, job.engine
-    elif model is not None:
-        engine = Job.load(None, chosen | _ANY_JOB).engine
-    else:
+    if job_file is None and model is None:
         raise JobError("nothing to build: name a job file, or a model with -m")
-    click.echo(str(make(model, output, **engine.build_options()).path))
+    named = {"model.path": model, "build.quantization": quantization}
+    chosen = parse_settings(settings) | {key: value for key, value in named.items() if value is not None}
+    job = Job.load(job_file, chosen if job_file is not None else _ANY_JOB | chosen)
+    click.echo(str(make(job.model.path, output, **job.build_options()).path))
 
 
 _ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}
