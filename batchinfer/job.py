@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from batchinfer import deadline
+from batchinfer import deadline, shard
 from batchinfer.errors import JobError
 from batchinfer.request import SamplingParams
 
@@ -45,6 +45,7 @@ SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Moment = Annotated[(str, *_written_as(deadline.moment))]
 Span = Annotated[(str, *_written_as(deadline.seconds))]
+Share = Annotated[(str, *_written_as(shard.check))]
 
 
 class InputSection(Section):
@@ -190,6 +191,9 @@ class ReportSection(Section):
 
 class JobSection(Section):
     name: str = "batchinfer"
+    shard: Share | None = Field(
+        None, description='one of several runs that share the work: "0/4" is the first of four; "auto" for array jobs'
+    )
 
 
 class Job(Section):

@@ -28,6 +28,7 @@ from batchinfer.deadline import ends_at
 from batchinfer.engine.model.source import ModelSource
 from batchinfer.errors import EngineError, ExitCode, JobDriftError, JobError, ModelError
 from batchinfer.job import Job
+from batchinfer.shard import Shard
 
 
 def run(
@@ -96,13 +97,14 @@ def _run(
     """
     source = Source.of(job, first)
     columns = _Columns(job, source)
-    with Ledger(job.output.path) as ledger:
+    with Ledger(job.output.path, shard=Shard.of(job.job.shard)) as ledger:
         if ledger.identity is not None:
             ledger.check_semantic(job.semantic(), tuple(job.semantic()))
             source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
             columns = _Columns(job, source)
-        if ledger.complete and ledger.identity["model"] == _model_at_a_glance(job):  # type: ignore[index]
-            publish(ledger)
+        if ledger.identity is not None and not ledger.pending() and ledger.identity["model"] == _model_at_a_glance(job):
+            if ledger.complete:
+                publish(ledger)
             return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
         if halt.stopping:
             raise StopNow
@@ -110,11 +112,12 @@ def _run(
         with Series(ledger) as series:
             opened = time.perf_counter() - begun
             journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
+            ledger.gather()
             summary = summarize(
                 ledger,
                 job.limits.max_failed_fraction,
                 run=journal.tally,
-                logged=journal.logged(),
+                logged=journal.logged(ledger.pending()),
                 seconds=time.perf_counter() - begun,
                 load=backend.load(),
                 stages={"open": opened, **stages},
@@ -162,19 +165,21 @@ def _work(
         source,
         job.checkpoint.unit_rows,
         semantic={**job.semantic(), "engine": backend.fingerprint},
-        operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json")},
+        operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json", exclude={"job": {"shard"}})},
     )
     sync = (job.checkpoint.sync_seconds, job.checkpoint.sync_rows)
     footer = {"batchinfer.job": job.job.name, "batchinfer.model": job.model.name}
     sink = Sink(ledger, columns.output, job.output.compression, footer, lambda unit: feed.committed(unit), halt)
+    pending = ledger.pending()
     journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
-    feed = Feed(source, ledger.pending(), columns.read, renderer, job.sampling.seed, journal, halt)
-    before = sum(commit.rows for commit in ledger.commits.values())
+    feed = Feed(source, pending, columns.read, renderer, job.sampling.seed, journal, halt)
+    rows = sum(unit.rows for unit in ledger.share)
+    before = rows - sum(unit.rows for unit in pending)
 
     def done() -> int:
         return before + journal.recovered + journal.tally.rows
 
-    told = Progress(ledger.rows, done, journal.tally, backend.load, job.report.log_seconds, progress)
+    told = Progress(rows, done, journal.tally, backend.load, job.report.log_seconds, progress)
     series.begin(job, done, journal.tally, backend.load)
     started = generated = time.perf_counter()
     try:
@@ -194,7 +199,7 @@ def _work(
     for error in (halt.error, feed.error):
         if error is not None:
             raise error
-    if not halt.stopping and not ledger.complete:
+    if not halt.stopping and ledger.pending():
         raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
     stages = {"generate": generated - started, "generate.wait": feed.waited}
     return journal, stages | feed.seconds | journal.seconds | sink.seconds

@@ -433,7 +433,7 @@ def _full(fd):
 @pytest.mark.parametrize("kind", ["staged/", "commits/", "wal/", "job.json", "plan-000", "leases/", "summary.json"])
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, monkeypatch, kind, after):
-    monkeypatch.setattr("batchinfer.runner.Ledger", lambda path: Ledger(path, Broken))
+    monkeypatch.setattr("batchinfer.runner.Ledger", lambda path, shard=None: Ledger(path, Broken, shard))
     Broken = type("Broken", (Failing,), {"kind": kind, "left": after})
 
     class Slow(EchoBackend):

@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -148,9 +148,6 @@ class Journal(Worker):
         self.recovered = 0  # rows found in logs, so far
         self._store, self._epoch, self._results, self._deliver = store, epoch, results, deliver
         self._sync_seconds, self._sync_rows = (sync[0], sync[1]) if sync[0] > 0 else (1.0, 1)
-        self._logs: dict[int, list[str]] = defaultdict(list)
-        for name in store.list("wal", ".arrows"):
-            self._logs[int(name.split(".")[0])].append(f"wal/{name}")
         self._units: dict[int, OpenUnit] = {}
         self._finished: deque[Completion] = deque()
         self._wake = threading.Event()
@@ -168,7 +165,7 @@ class Journal(Worker):
 
     def expect(self, unit: Unit, carried: pa.Table) -> list[int]:
         """Open a unit. Returns its rows that are still to be computed; the others were in its log."""
-        logs = self._logs.pop(unit.index, [])
+        logs = self._logs()[unit.index]
         batches, rows = self._recover(logs)
         self.recovered += len(rows)
         opened = OpenUnit(unit, carried, batches, unit.rows - len(rows), logs)
@@ -184,10 +181,10 @@ class Journal(Worker):
         if len(self._finished) >= self._sync_rows and not self._wake.is_set():
             self._wake.set()
 
-    def logged(self) -> int:
-        """Finished rows of unfinished units, once it is closed: a later run need not compute them."""
-        opened = sum(opened.unit.rows - opened.missing for opened in self._units.values())
-        return opened + sum(len(self._recover(logs)[1]) for logs in self._logs.values())
+    def logged(self, units: Iterable[Unit]) -> int:
+        """Finished rows of some unfinished units, once it is closed: a later run need not compute them."""
+        logs = self._logs()
+        return sum(len(self._recover(logs[unit.index])[1]) for unit in units)
 
     def work(self) -> None:
         closing = False
@@ -239,6 +236,13 @@ class Journal(Worker):
             if not _same(table["row"], in_order):
                 raise EngineError(f"the engine returned a row of unit {opened.unit.index} ({opened.unit.file}) twice")
         return FinishedUnit(opened.unit, opened.carried, table.drop_columns(["row"]), opened.logs)
+
+    def _logs(self) -> dict[int, list[str]]:
+        """What each unit's logs are called."""
+        logs: dict[int, list[str]] = defaultdict(list)
+        for name in self._store.list("wal", ".arrows"):
+            logs[int(name.split(".")[0])].append(f"wal/{name}")
+        return logs
 
     def _recover(self, logs: list[str]) -> tuple[list[pa.RecordBatch], set[int]]:
         batches, rows = [], set()

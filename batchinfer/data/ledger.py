@@ -1,6 +1,6 @@
 """Ledger: what is planned, what is committed, and who may write. The folder OUT.batchinfer/ beside OUT.
 
-    lock                    flock of the running process; holds its pid, host and start
+    lock, lock.0-of-4 …     flocks of the running processes; they hold pid, host and start (shards.py)
     leases/<epoch>.json     one a run: who, where, since when
     job.json                what decides the completions, written once
     plan-000.parquet        the frozen units and the files they come from (plan.py)
@@ -8,7 +8,7 @@
     staged/                 written parts that are not committed yet
     commits/<unit>.json     put if absent: the moment at which a unit's rows exist
     manifest.json _SUCCESS  only while the output is complete (manifest.py)
-    summary.json            the last run, for people and for tools (report.py)
+    summary.json            the last run, for people and for tools; shards/0-of-4.json … those of shards (report.py)
     runs/<epoch>.jsonl      how each run went, a line every few seconds (series.py)
     prediction.json         what `batchinfer plan --save` expected (estimate.py)
 
@@ -16,6 +16,9 @@ A unit is committed in this order: its part is written under ``staged/`` and fsy
 absent; the part is moved into OUT; the unit's log is dropped. So a reader of OUT sees committed rows alone, each once,
 even when two runs race (the loser's part never leaves ``staged/``) or the process dies in between (opening the ledger
 finishes the move). Nothing but parts ever lies in OUT, as ``polars.scan_parquet(OUT)`` refuses any other file.
+
+Shards of one job write to one output at the same time, each its own share of the units, also from several hosts. The
+first to come writes plan and job.json, the others read them. A shard clears only what an earlier run of it left.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -34,9 +38,13 @@ import pyarrow.parquet as pq
 from batchinfer.cache import digest
 from batchinfer.data import manifest, plan
 from batchinfer.data.lock import holder, is_running, lives
+from batchinfer.data.shards import Turn
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.store import Store, open_store
 from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError
+from batchinfer.shard import Shard
+
+PATIENCE = 10.0  # seconds that a shard waits for another to have begun the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,11 @@ class Ledger:
     Entering takes the lock, clears what a killed run left half-written, finishes what it committed, and checks the
     commits against the parts on disk.
 
+    Args:
+        shard: works on its share of the units alone, beside other shards.
+
     Raises:
-        LockedError: another run holds this output.
+        LockedError: another run holds this output, or this shard of it.
         IntegrityError: a committed part is missing or has another size.
         OutputError: OUT cannot be written, or holds files that are not this job's.
 
@@ -76,7 +87,13 @@ class Ledger:
         store: OUT.batchinfer/.
     """
 
-    def __init__(self, output: str | os.PathLike[str], store: Callable[[str], Store] = open_store) -> None:
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        store: Callable[[str], Store] = open_store,
+        shard: Shard | None = None,
+    ) -> None:
+        self.shard = shard
         self.parts = store(os.fspath(output))
         self.output = self.parts.root
         self.store = store(f"{self.output}.batchinfer")
@@ -84,12 +101,12 @@ class Ledger:
         self.units: list[Unit] = []
         self.commits: dict[int, Commit] = {}
         self._planned: plan.Files = {}
-        self._plans = 0
+        self._plans: list[int] = []  # units of each
         self._appended: bytes | None = None  # a further plan, to be written when the run begins
         self.identity: dict[str, Any] | None = None  # job.json; None: this output was not begun
 
     def __enter__(self) -> Ledger:
-        self._lock = self.store.lock("lock", self.output)
+        self._lock = Turn(self.store, self.output, self.shard)
         try:
             self._load()
         except BaseException:
@@ -120,19 +137,28 @@ class Ledger:
         if self.identity is not None:
             self.check_semantic(semantic)
         else:
-            self.parts.claim(self.store)
+            self._claim()
             self.units = source.units(unit_rows)
-            self.store.replace(plan.name_of(0), plan.encode(self.units, source.files))
-            self.identity = {"fingerprint": digest(semantic), "semantic": semantic}
-        self.identity = {**self.identity, **operational}
-        manifest.withdraw(self.store)
+            self._plans = [len(self.units)]
+            planned = plan.encode(self.units, source.files)
+            self.identity = {"fingerprint": digest(semantic), "semantic": semantic, **operational}
+            if self.shard is None:
+                self.store.replace(plan.name_of(0), planned)
+            else:
+                self._begin_together(planned)
+                self.check_semantic(semantic)
+                self.check_input(source)
+        if self.shard is None or self._appended is not None:
+            manifest.withdraw(self.store)
         self._write_appended()
-        self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
+        if self.shard is None:
+            self.identity = {**self.identity, **operational}
+            self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
         for folder in ("leases", "wal", "staged", "commits"):
             self.store.make_folder(folder)
         for folder in (".", ".."):  # OUT and its control folder, and what is in that, survive a power cut
             self.store.sync(folder)
-        lease = json.dumps(holder()).encode()
+        lease = json.dumps(holder(self.shard)).encode()
         self.epoch = 1 + max((int(name.split(".")[0]) for name in self.store.list("leases", ".json")), default=0)
         while not self.store.put_if_absent(f"leases/{self.epoch:06d}.json", lease):
             self.epoch += 1
@@ -168,6 +194,7 @@ class Ledger:
             units = more.units(unit_rows, taken=self.rows)
             fresh = [replace(unit, index=len(self.units) + unit.index) for unit in units]
             self._appended = plan.encode(fresh, more.files)
+            self._plans.append(len(fresh))
             self.units = [*self.units, *fresh]
         return source
 
@@ -186,8 +213,24 @@ class Ledger:
     def complete(self) -> bool:
         return self.identity is not None and len(self.commits) == len(self.units)
 
+    @property
+    def share(self) -> list[Unit]:
+        """The units that are this run's to see to: all, or those of its shard."""
+        return self.units if self.shard is None else self.share_of(self.shard)
+
+    def share_of(self, shard: Shard) -> list[Unit]:
+        """A shard's units. Each plan is dealt for itself, so that no unit changes hands when files are appended."""
+        ends = accumulate(self._plans)
+        return [unit for end, size in zip(ends, self._plans) for unit in shard.deal(self.units[end - size : end])]
+
     def pending(self) -> list[Unit]:
-        return [unit for unit in self.units if unit.index not in self.commits]
+        """Those of its share that are not committed."""
+        return [unit for unit in self.share if unit.index not in self.commits]
+
+    def gather(self) -> None:
+        """Take note of what other shards have done meanwhile, once this run is done with its own."""
+        if self.shard is not None:
+            self._load()
 
     def part_name(self, unit: Unit) -> str:
         """Where a unit's rows go in OUT: beside the input's own partition folders."""
@@ -235,18 +278,45 @@ class Ledger:
 
     # ---- inside
 
+    def _claim(self) -> None:
+        """Raises: OutputError if OUT cannot be this job's."""
+        try:
+            self.parts.claim(self.store)
+        except OutputError:
+            if self.shard is None or self.store.size(plan.name_of(0)) is None:
+                raise  # else another shard has been faster
+
+    def _begin_together(self, planned: bytes) -> None:
+        """Begin an output that other shards may be beginning too, or take over what the first of them began.
+
+        Raises: LockedError if one began another plan and nothing followed.
+        """
+        first = plan.name_of(0)
+        if self.store.put_if_absent(first, planned) or self.store.read(first) == planned:
+            self.store.put_if_absent("job.json", json.dumps(self.identity, indent=1).encode())
+        patience = time.monotonic() + PATIENCE
+        while self.store.size("job.json") is None:
+            if time.monotonic() > patience:
+                raise LockedError(
+                    f"another run is beginning {self.output} with other units: {self.store.path(first)} is there, and "
+                    f"job.json does not come. Run again; if no run is under way, remove {self.store.root} first"
+                )
+            time.sleep(0.1)
+        self._load()
+
     def _load(self) -> None:
+        committed = self.store.list("commits", ".json")  # before the plans, which then have all of their units
         try:
             self.identity = json.loads(self.store.read("job.json"))
             self.units, self._planned, self._plans = plan.read(self.store)
         except FileNotFoundError as error:
             self.identity = None
-            if self.store.list("commits"):
+            if committed:
                 raise IntegrityError(f"{error.filename} is missing, and units were committed under it") from None
             return
         except ValueError as error:
             raise IntegrityError(f"{self.store.path('job.json')} is damaged: {error}") from None
-        records = [f"commits/{name}" for name in self.store.list("commits", ".json")]
+        records = [f"commits/{name}" for name in committed]
         for name, record in zip(records, self.store.read_all(records)):
             commit = self._parse_commit(name, record)
             self.commits[commit.unit] = commit
@@ -258,9 +328,10 @@ class Ledger:
     def _write_appended(self) -> None:
         if self._appended is None:
             return
-        if not self.store.put_if_absent(plan.name_of(self._plans), self._appended):
+        name = plan.name_of(len(self._plans) - 1)
+        if not self.store.put_if_absent(name, self._appended) and self.store.read(name) != self._appended:
             raise LockedError(f"another run has just appended input files to {self.output}; run again")
-        self._plans, self._appended = self._plans + 1, None
+        self._appended = None
 
     def _parse_commit(self, name: str, record: bytes) -> Commit:
         try:
@@ -294,13 +365,15 @@ class Ledger:
                 raise
 
     def left_behind(self) -> Iterator[str]:
-        """What dead runs left in the control folder. If the lock does not hold here, live runs keep theirs."""
+        """What dead runs left in the control folder. Where others may live, they keep theirs (``lock.lives``)."""
         alive = {
-            name.split(".")[0].lstrip("0") for name in self.store.list("leases", ".json") if lives(self.store, name)
+            name.split(".")[0].lstrip("0")
+            for name in self.store.list("leases", ".json")
+            if lives(self.store, name, self.shard)
         }
         staged = self.store.list("staged")
         yield from (f"staged/{name}" for name in staged if name.rpartition(".")[2] not in alive)
-        for folder in (".", "commits", "leases"):
+        for folder in (".", "commits", "leases") if self.shard is None else ():
             temporary = self.store.list(folder, ".tmp")
             yield from (f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
         logs = self.store.list("wal", ".arrows")

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from batchinfer.errors import LockedError, OutputError
+from batchinfer.shard import Shard
 
 if TYPE_CHECKING:
     from batchinfer.data.store import Store
+
+GLANCE = (0.02, 0.02, 0.0)  # seconds to wait, in case it is held by one who only looks whether it is held
 
 
 class Lock(Protocol):
@@ -73,15 +76,17 @@ class FileLock:
             stream = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (held until it is released)
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror}") from None
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with stream:
-                who = _told(stream)
-            raise LockedError(f"{output} is being written by another run{who}") from None
-        except OSError:
-            pass  # a file system without locks: the commits' put-if-absent has to do
-        return stream
+        for seconds in GLANCE:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return stream
+            except BlockingIOError:
+                time.sleep(seconds)
+            except OSError:
+                return stream  # a file system without locks: the commits' put-if-absent has to do
+        with stream:
+            stream.seek(0)
+            raise LockedError(f"{output} is being written by another run{_who(stream.read())}")
 
     def _is_current(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -89,15 +94,30 @@ class FileLock:
         return False
 
 
-def holder() -> dict[str, Any]:
+def holder(shard: Shard | None = None) -> dict[str, Any]:
     """This process, for others to read."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    return here if shard is None else {**here, "shard": str(shard)}
 
 
-def lives(store: Store, lease: str) -> bool:
-    """Whether the run of a lease is another process of this machine that still runs."""
+def told(store: Store, name: str) -> str:
+    """Who holds a lock, as far as it says."""
+    try:
+        return _who(store.read(name).decode())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def lives(store: Store, lease: str, shard: Shard | None = None) -> bool:
+    """Whether the run of a lease may be another one that goes on.
+
+    To one that holds the whole output: whether it is a process of this machine, in case the lock does not work here. To
+    a shard: any run but those of that shard, on whatever machine.
+    """
     try:
         told = json.loads(store.read(f"leases/{lease}"))
+        if shard is not None and told.get("shard") != str(shard):
+            return True
         return told["host"] == socket.gethostname() and is_running(told["pid"])
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         return False
@@ -114,11 +134,9 @@ def is_running(pid: int | str) -> bool:
     return int(pid) != os.getpid()
 
 
-def _told(lock: TextIO) -> str:
-    """Who holds a lock, as far as its file says."""
-    lock.seek(0)
+def _who(lock: str) -> str:
     try:
-        who = json.loads(lock.read())
+        who = json.loads(lock)
         return f": process {who['pid']} on {who['host']}, since {who['since']}"
     except (ValueError, KeyError, TypeError):
         return ""

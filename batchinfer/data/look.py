@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,11 +11,13 @@ from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import summarize
+from batchinfer.data.shards import WHOLE, running
 from batchinfer.data.sink import OutputSchema
 from batchinfer.data.source import Source
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion
+from batchinfer.shard import Shard
 
 
 @dataclass
@@ -88,35 +91,77 @@ def _try_rows(job: Job, source: Source, count: int, findings: Findings) -> None:
             break
 
 
+@dataclass(frozen=True)
+class ShardStanding:
+    """How far a shard is, and who ran it last."""
+
+    shard: str
+    running: bool
+    rows: int
+    committed: int
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        state = "done" if self.committed == self.rows else "unfinished"
+        who = f"process {self.pid} on {self.host}, since {self.since}"
+        state = f"running, {who}" if self.running else state
+        return f"shard {self.shard} · {self.committed:,} of {self.rows:,} rows committed · {state}"
+
+
 @dataclass
 class Standing:
     """How far a job is."""
 
     ledger: Ledger
     running: bool
+    shards: list[ShardStanding] = field(default_factory=list)
 
     @property
     def state(self) -> str:
         return "complete" if self.ledger.complete else "running" if self.running else "unfinished"
 
     def as_dict(self) -> dict[str, Any]:
-        whole = summarize(self.ledger, max_failed_fraction=1.0).as_dict()
-        return {key: whole[key] for key in ("output", "total_rows", "job")} | {"state": self.state}
+        whole = summarize(self.ledger, max_failed_fraction=1.0)
+        shards = {"shards": [asdict(shard) for shard in self.shards]} if self.shards else {}
+        return {"output": str(whole.output)} | whole.standing() | {"state": self.state} | shards
 
     def __str__(self) -> str:
         rows, job = self.ledger.rows, summarize(self.ledger, max_failed_fraction=1.0).job
         share = f" of {rows:,} ({job.rows / rows:.0%})" if job.rows < rows else ""
         hint = ", run it again to go on" if self.state == "unfinished" else ""
-        return (
+        line = (
             f"{self.state}{hint} · {job.rows:,}{share} rows committed{job.losses} · "
             f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out · {self.ledger.output}"
         )
+        return "\n".join([line, *(f"  {shard}" for shard in self.shards)])
 
 
 def standing(output: str | os.PathLike[str]) -> Standing:
     """Raises what ``look`` raises."""
     ledger = look(output)
-    return Standing(ledger, running=ledger.store.is_locked("lock"))
+    at_work = running(ledger.store)
+    return Standing(ledger, bool(at_work) or ledger.store.is_locked(WHOLE), _shards(ledger, at_work))
+
+
+def _shards(ledger: Ledger, at_work: list[Shard]) -> list[ShardStanding]:
+    """The shards of the last runs, if those were shards."""
+    leases: dict[Shard, dict[str, Any]] = {}
+    for name in reversed(ledger.store.list("leases", ".json")):
+        lease = json.loads(ledger.store.read(f"leases/{name}"))
+        shard = Shard.of(lease.get("shard"))
+        if shard is None or any(shard.count != other.count for other in leases):
+            break
+        leases.setdefault(shard, lease)
+    found = []
+    for shard, lease in sorted(leases.items()):
+        share = ledger.share_of(shard)
+        committed = sum(unit.rows for unit in share if unit.index in ledger.commits)
+        rows = sum(unit.rows for unit in share)
+        who = (lease[key] for key in ("pid", "host", "since"))
+        found.append(ShardStanding(str(shard), shard in at_work, rows, committed, *who))
+    return found
 
 
 def look(output: str | os.PathLike[str]) -> Ledger:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -25,16 +26,16 @@ def name_of(number: int) -> str:
     return f"plan-{number:03d}.parquet"
 
 
-def read(store: Store) -> tuple[list[Unit], Files, int]:
-    """Units, files and how many plans there are.
+def read(store: Store) -> tuple[list[Unit], Files, list[int]]:
+    """Units, files and how many units each plan has.
 
     Raises: FileNotFoundError if none was written, IntegrityError if one is damaged or missing.
     """
     names = [name for name in store.list(".", ".parquet") if name.startswith("plan-")]
-    count = max(1, len(names))
     units: list[Unit] = []
     files: Files = {}
-    for number in range(count):
+    ends = [0]
+    for number in range(max(1, len(names))):
         try:
             rows = pq.read_table(pa.BufferReader(store.read(name_of(number))))
             picked = rows["picked"]
@@ -46,9 +47,10 @@ def read(store: Store) -> tuple[list[Unit], Files, int]:
                 groups = (row["first_row_group"], row["last_row_group"])
                 numbers = own.values.to_numpy() if own.is_valid else None
                 units.append(Unit(row["unit"], row["file"], row["first_row"], row["rows"], groups, numbers))
+        ends.append(len(units))
     if [unit.index for unit in units] != list(range(len(units))):
         raise IntegrityError(f"the plans in {store.root} do not follow each other: units are missing or there twice")
-    return units, files, count
+    return units, files, [end - begin for begin, end in pairwise(ends)]
 
 
 def encode(units: Iterable[Unit], files: Mapping[str, InputFile]) -> bytes:

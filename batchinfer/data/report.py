@@ -17,16 +17,20 @@ import pyarrow.parquet as pq
 
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
+from batchinfer.data.source import Unit
 from batchinfer.errors import ExitCode
 from batchinfer.host import peak_rss
 from batchinfer.request import Load
 
 SUMMARY = "summary.json"
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class Summary:
     """How a run ended. ``job`` counts everything committed so far, ``run`` what this run computed.
+
+    That of a shard is about its own share of the rows, and ``whole`` about all of them.
 
     ``logged`` rows are finished, but not all of their unit is, so that they are not in the output yet.
     """
@@ -34,7 +38,7 @@ class Summary:
     output: Path | str
     state: Literal["complete", "stopped"]
     exit_code: ExitCode
-    rows: int = 0  # of the whole job
+    rows: int = 0  # of the whole job, or of the shard
     job: Tally = field(default_factory=Tally)
     run: Tally = field(default_factory=Tally)
     logged: int = 0
@@ -43,6 +47,8 @@ class Summary:
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage; threads overlap
     peak_rss: int = 0  # bytes
     reason: str = ""  # why it stopped early
+    shard: str = ""  # "0/4", if it is one's
+    whole: Summary | None = None
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
@@ -53,8 +59,10 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         rates = {name: round(rate, 1) for name, rate in self.tokens_per_second.items()}
+        of_shard = {"shard": self.shard, "whole": self.whole.standing()} if self.whole else {}
         return {
             "output": str(self.output),
+            **of_shard,
             "state": self.state,
             "exit_code": int(self.exit_code),
             "reason": self.reason,
@@ -67,9 +75,13 @@ class Summary:
             "load": asdict(self.load) if self.load else None,
         }
 
+    def standing(self) -> dict[str, Any]:
+        """What there is, whoever did it."""
+        return {"state": self.state, "total_rows": self.rows, "job": _counts(self.job)}
+
     def __str__(self) -> str:
         done = f"{self.job.rows:,}" if self.state == "complete" else f"{self.job.rows + self.logged:,} of {self.rows:,}"
-        parts = [f"{done} rows{self.job.losses}"]
+        parts = [f"{f'shard {self.shard}: ' * bool(self.shard)}{done} rows{self.job.losses}"]
         counts = self.job if self.state == "complete" else self.run
         parts.append(f"{counts.prompt_tokens:,} tokens in, {counts.completion_tokens:,} out")
         if self.run.rows:
@@ -80,6 +92,8 @@ class Summary:
         if self.state == "stopped":
             why = f" ({self.reason})" if self.reason else ""
             parts.append(f"stopped early{why}, run again to go on")
+        if self.whole:
+            parts.append(f"{self.whole.job.rows:,} of the job's {self.whole.rows:,} rows are in")
         return " · ".join([*parts, str(self.output)])
 
 
@@ -107,21 +121,20 @@ def summarize(
     reason: str = "",
 ) -> Summary:
     """The summary of a ledger as it stands. ``reason``: why the run stopped, if it did not complete."""
-    job = Tally()
-    for commit in ledger.commits.values():
-        job.rows += commit.rows
-        job.failed += commit.failed
-        job.prompt_tokens += commit.prompt_tokens
-        job.completion_tokens += commit.completion_tokens
-        job.finish_reasons.update(commit.finish_reasons)
-    code = ExitCode.OK if ledger.complete else ExitCode.STOPPED
-    if ledger.complete and job.failed > max_failed_fraction * job.rows:
+    job = _committed(ledger, ledger.share)
+    complete = ledger.identity is not None and not ledger.pending()
+    code = ExitCode.OK if complete else ExitCode.STOPPED
+    if complete and job.failed > max_failed_fraction * job.rows:
         code = ExitCode.FAILED_ROWS
+    whole = None
+    if ledger.shard is not None:
+        state, exit_code = ("complete", ExitCode.OK) if ledger.complete else ("stopped", ExitCode.STOPPED)
+        whole = Summary(ledger.output, state, exit_code, ledger.rows, _committed(ledger, ledger.units))
     return Summary(
         output=ledger.output,
-        state="complete" if ledger.complete else "stopped",
+        state="complete" if complete else "stopped",
         exit_code=code,
-        rows=ledger.rows,
+        rows=sum(unit.rows for unit in ledger.share),
         job=job,
         run=run or Tally(),
         logged=logged,
@@ -129,12 +142,32 @@ def summarize(
         load=load,
         stages=stages or {},
         peak_rss=peak_rss(),
-        reason="" if ledger.complete else reason,
+        reason="" if complete else reason,
+        shard=str(ledger.shard or ""),
+        whole=whole,
     )
 
 
+def _committed(ledger: Ledger, units: list[Unit]) -> Tally:
+    job = Tally()
+    for commit in filter(None, (ledger.commits.get(unit.index) for unit in units)):
+        job.rows += commit.rows
+        job.failed += commit.failed
+        job.prompt_tokens += commit.prompt_tokens
+        job.completion_tokens += commit.completion_tokens
+        job.finish_reasons.update(commit.finish_reasons)
+    return job
+
+
 def write_summary(ledger: Ledger, summary: Summary) -> None:
-    ledger.store.replace(SUMMARY, json.dumps(summary.as_dict(), indent=1).encode())
+    """A shard's goes beside those of the others; the job's own is written by whichever sees that all is done."""
+    if ledger.shard is not None and summary.whole is not None:
+        ledger.store.make_folder(SHARDS)
+        name = f"{SHARDS}/{ledger.shard.index}-of-{ledger.shard.count}.json"
+        ledger.store.replace(name, json.dumps(summary.as_dict(), indent=1).encode())
+        summary = summary.whole
+    if ledger.shard is None or ledger.complete:
+        ledger.store.replace(SUMMARY, json.dumps(summary.as_dict(), indent=1).encode())
 
 
 def first_rows(output: str | os.PathLike[str], count: int) -> pa.Table:

@@ -65,7 +65,8 @@ class Series:
             job=job.job.name,
             model=PurePath(job.model.path).name,
             fingerprint=self._ledger.fingerprint,
-            rows=self._ledger.rows,
+            shard=str(self._ledger.shard or ""),
+            rows=sum(unit.rows for unit in self._ledger.share),
             done=done(),
             settings={
                 "engine": job.engine.model_dump(mode="json", exclude={"plan"}),

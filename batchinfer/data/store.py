@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,13 +146,14 @@ class LocalStore:
                 os.close(fd)
 
     def replace(self, name: str, data: bytes) -> None:
-        self.write(f"{name}.tmp", data)
-        self.move(f"{name}.tmp", self, name)
+        temporary = _temporary(name)
+        self.write(temporary, data)
+        self.move(temporary, self, name)
         self.sync(_folder(name))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """The bytes are durable under another name before ``link(2)`` gives them this one."""
-        temporary = f"{name}.{os.getpid()}.tmp"
+        temporary = _temporary(name)
         self.write(temporary, data)
         with _explained("write", self.path(name)):
             try:
@@ -215,6 +217,11 @@ class LocalStore:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def _temporary(name: str) -> str:
+    """A name of this writer's own, also where hosts or containers that share the folder count processes alike."""
+    return f"{name}.{secrets.token_hex(4)}.{os.getpid()}.tmp"
 
 
 def _folder(name: str) -> str:

@@ -1,8 +1,9 @@
 """Runs a small job again and again, each time killed at the next operation on the disk, and then to its end.
 
-``python -m tests.faults.crash_points FOLDER [append]``: one folder a crash point, FOLDER/<n>/, which the caller looks
-at. With ``append`` the run that is killed is one that takes up a second input file after a first run was complete. It
-forks, so it must be a process of its own, in which nothing has run yet. Prints the number of crash points.
+``python -m tests.faults.crash_points FOLDER [append|shard]``: one folder a crash point, FOLDER/<n>/, which the caller
+looks at. With ``append`` the run that is killed is one that takes up a second input file after a first run was
+complete; with ``shard`` it is one of two shards, and the other one works before it is run again. It forks, so it must
+be a process of its own, in which nothing has run yet. Prints the number of crash points.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def die_at(point: int) -> None:
         armed(name)
 
 
-def run_in_child(folder: Path, point: int | None) -> int:
+def run_in_child(folder: Path, point: int | None, shard: str | None = None) -> int:
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
@@ -62,6 +63,8 @@ def run_in_child(folder: Path, point: int | None) -> int:
         if point is not None:
             die_at(point)
         how = {"checkpoint__unit_rows": UNIT_ROWS, "checkpoint__sync_rows": 2, "input__on_change": "append"}
+        if shard is not None:
+            how["job__shard"] = shard
         os._exit(run_echo(echo_job(folder, folder / "in", **how), Pausing).exit_code)
     finally:
         os._exit(1)
@@ -76,8 +79,9 @@ def main() -> None:
         if append:
             run_in_child(folder, None)
             write(folder / "in" / "a.parquet", texts(UNITS * UNIT_ROWS))
-        status = run_in_child(folder, point + 1)
-        if status not in (0, signal.SIGKILL) or run_in_child(folder, None) != 0:
+        shards = ("0/2", "1/2") if "shard" in sys.argv else (None,)
+        status = run_in_child(folder, point + 1, shards[0])
+        if status not in (0, signal.SIGKILL) or any([run_in_child(folder, None, shard) for shard in reversed(shards)]):
             sys.exit(f"crash point {point}: no way on")
         point += 1
     print(point - 1)

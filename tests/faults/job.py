@@ -1,4 +1,4 @@
-"""A run to be killed: ``python -m tests.faults.job FOLDER SECONDS_A_ROW``.
+"""A run to be killed: ``python -m tests.faults.job FOLDER SECONDS_A_ROW [SHARD]``.
 
 Prints ``begun`` when the engine is asked for its first row. Every answer is noted in FOLDER/answers, so that work done
 twice can be counted.
@@ -44,7 +44,8 @@ class Noting(EchoBackend):
 def main() -> int:
     Noting.folder, Noting.seconds = Path(sys.argv[1]), float(sys.argv[2])
     try:
-        job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0)
+        shard = {"job__shard": sys.argv[3]} if len(sys.argv) > 3 else {}
+        job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0, **shard)
         return run_echo(job, Noting).exit_code
     except BatchInferError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -31,10 +31,14 @@ def make_input(folder: Path) -> pa.Table:
     return table
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.faults.job", str(folder), str(seconds)]
+def launch(folder: Path, seconds: float, *shard: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.faults.job", str(folder), str(seconds), *shard]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start(folder: Path, seconds: float, *shard: str) -> subprocess.Popen:
+    process = launch(folder, seconds, *shard)
     process.stdout.readline()  # "begun", or the end of a run that had nothing to ask
     return process
 
@@ -98,9 +102,9 @@ def read_output_as_it_is(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("append", [False, True])
-def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path, append):
-    command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path), *["append"] * append]
+@pytest.mark.parametrize("case", ["", "append", "shard"])
+def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path, case):
+    command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path), *filter(None, [case])]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -109,7 +113,9 @@ def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_pat
     assert points > 40
     outputs = [read_output(tmp_path / f"{point:03}") for point in range(points + 1)]
     assert all(output.equals(outputs[-1]) for output in outputs)
-    assert outputs[-1]["id"].to_pylist() == list(range(24)) * (1 + append)
+    assert outputs[-1]["id"].to_pylist() == list(range(24)) * (1 + (case == "append"))
+    for point in range(points + 1):
+        assert (tmp_path / f"{point:03}" / "out.batchinfer" / "_SUCCESS").exists()
 
 
 def test_sigterm_drains_exits_75_and_computes_no_row_twice(tmp_path, undisturbed):
@@ -138,6 +144,28 @@ def test_a_second_run_is_refused_while_the_first_lives_and_welcome_when_it_was_k
     first.communicate()
     assert finish(start(tmp_path, 0.0)) == 0
     check(tmp_path, table, undisturbed)
+
+
+def test_two_shards_at_once_one_of_them_killed_and_run_again(tmp_path, undisturbed):
+    table = make_input(tmp_path)
+    first, second = (launch(tmp_path, 0.006, shard) for shard in ("0/2", "1/2"))
+    for process in (first, second):
+        assert process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    assert second.returncode == -signal.SIGKILL and first.poll() is None
+    refused, again = launch(tmp_path, 0.0), launch(tmp_path, 0.0, "1/2")
+    _, said = refused.communicate(timeout=60)
+    assert refused.returncode == 5 and "/2: process" in said
+    assert (finish(again), finish(first)) == (0, 0)
+    check(tmp_path, table, undisturbed)
+    assert (tmp_path / "out.batchinfer" / "_SUCCESS").exists()
+    answered = Counter((tmp_path / "answers").read_text().splitlines())
+    repeated = sum(answered.values()) - len(answered)
+    print(f"rows {table.num_rows}, lost 0, doubled 0, computed again {repeated}")
+    assert len(answered) == table.num_rows - table["text"].null_count
+    assert repeated <= 64, "at most what was in flight and what waited for the log's next sync"
 
 
 def test_a_run_that_was_frozen_and_goes_on_does_no_harm(tmp_path, undisturbed):
