@@ -55,6 +55,12 @@ class JobDriftError(DriftError):
     """The job, not its input, differs from the one that the output was begun with: it may begin beside it."""
 
 
+class StoreError(BatchInferError):
+    """An object store did not answer as it should, and trying again did not help; later it may."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class LockedError(BatchInferError):
     """Another run holds this output."""
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from batchinfer import deadline, shard
 from batchinfer.errors import JobError
+from batchinfer.location import checked
 from batchinfer.request import SamplingParams
 
 if sys.version_info >= (3, 11):
@@ -41,6 +42,8 @@ def _written_as(parse: Any) -> tuple[Any, Any]:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
+Place = Annotated[Some, AfterValidator(checked)]  # a path or a URL
+Places = Annotated[tuple[Place, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Moment = Annotated[(str, *_written_as(deadline.moment))]
@@ -49,7 +52,7 @@ Share = Annotated[(str, *_written_as(shard.check))]
 
 
 class InputSection(Section):
-    path: SomeStrings = Field(description="Parquet files, globs or folders")
+    path: Places = Field(description="Parquet files, globs or folders; also s3://, gs://, abfs://, file://")
     on_change: Literal["error", "append", "ignore"] = Field(
         "error", description="files added since the output was begun: refused, taken up last, or passed over"
     )
@@ -158,7 +161,9 @@ class BuildSection(Section):
 
 
 class OutputSection(Section):
-    path: Some = Field(description="folder for the Parquet parts; control files go to PATH.batchinfer beside it")
+    path: Place = Field(
+        description="folder for the Parquet parts, or s3://, gs://, abfs://; control files go to PATH.batchinfer"
+    )
     columns: Strings | None = Field(None, description="input columns carried to the output; none given: all")
     prefix: str = Field(
         "", description="put before the names of the result columns, to keep them apart from the input's"
@@ -168,8 +173,12 @@ class OutputSection(Section):
 
 class CheckpointSection(Section):
     unit_rows: int = Field(1024, ge=1, description="rows of one unit: the grain of commits and of output parts")
-    sync_seconds: float = Field(1.0, ge=0, description="longest time a finished row waits for its fsync")
-    sync_rows: int = Field(64, ge=1, description="most finished rows that wait for one fsync")
+    sync_seconds: float | None = Field(
+        None, ge=0, description="longest time a finished row waits for its fsync; none given: 1, in an object store 10"
+    )
+    sync_rows: int | None = Field(
+        None, ge=1, description="most finished rows that wait for one; none given: 64, in an object store 4096"
+    )
 
 
 class LimitsSection(Section):

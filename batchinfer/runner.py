@@ -167,7 +167,11 @@ def _work(
         semantic={**job.semantic(), "engine": backend.fingerprint},
         operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json", exclude={"job": {"shard"}})},
     )
-    sync = (job.checkpoint.sync_seconds, job.checkpoint.sync_rows)
+    seconds, count = ledger.store.sync_gap
+    sync = (
+        seconds if job.checkpoint.sync_seconds is None else job.checkpoint.sync_seconds,
+        job.checkpoint.sync_rows or count,
+    )
     footer = {"batchinfer.job": job.job.name, "batchinfer.model": job.model.name}
     sink = Sink(ledger, columns.output, job.output.compression, footer, lambda unit: feed.committed(unit), halt)
     pending = ledger.pending()

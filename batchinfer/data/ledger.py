@@ -371,13 +371,20 @@ class Ledger:
             for name in self.store.list("leases", ".json")
             if lives(self.store, name, self.shard)
         }
-        staged = self.store.list("staged")
-        yield from (f"staged/{name}" for name in staged if name.rpartition(".")[2] not in alive)
+        for name in self.store.list("staged"):
+            if name.rpartition(".")[2] not in alive or self._has_lost(name):
+                yield f"staged/{name}"
         for folder in (".", "commits", "leases") if self.shard is None else ():
             temporary = self.store.list(folder, ".tmp")
             yield from (f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
         logs = self.store.list("wal", ".arrows")
         yield from (f"wal/{name}" for name in logs if int(name.split(".")[0]) in self.commits)
+
+    def _has_lost(self, name: str) -> bool:
+        """Whether the unit of a staged part was committed by a later run, so that this part never will be."""
+        unit, _, epoch = name.partition(".")
+        commit = self.commits.get(int(unit))
+        return commit is not None and int(epoch) < commit.epoch
 
     def _clear(self) -> None:
         self.store.remove(self.left_behind())

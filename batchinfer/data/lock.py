@@ -86,7 +86,7 @@ class FileLock:
                 return stream  # a file system without locks: the commits' put-if-absent has to do
         with stream:
             stream.seek(0)
-            raise LockedError(f"{output} is being written by another run{_who(stream.read())}")
+            raise LockedError(f"{output} is being written by another run{who(stream.read())}")
 
     def _is_current(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -96,31 +96,44 @@ class FileLock:
 
 def holder(shard: Shard | None = None) -> dict[str, Any]:
     """This process, for others to read."""
-    here = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    since = time.strftime("%Y-%m-%d %H:%M:%S%z")
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "namespace": _namespace(), "since": since}
     return here if shard is None else {**here, "shard": str(shard)}
 
 
 def told(store: Store, name: str) -> str:
     """Who holds a lock, as far as it says."""
     try:
-        return _who(store.read(name).decode())
-    except (FileNotFoundError, UnicodeDecodeError):
+        return who(store.read(name))
+    except FileNotFoundError:
         return ""
 
 
 def lives(store: Store, lease: str, shard: Shard | None = None) -> bool:
     """Whether the run of a lease may be another one that goes on.
 
-    To one that holds the whole output: whether it is a process of this machine, in case the lock does not work here. To
-    a shard: any run but those of that shard, on whatever machine.
+    To one that holds the whole output: whether it is a process of this machine, in case the lock does not work here, or
+    in a shared store of another. To a shard: any run but those of that shard, on whatever machine.
     """
     try:
         told = json.loads(store.read(f"leases/{lease}"))
         if shard is not None and told.get("shard") != str(shard):
             return True
-        return told["host"] == socket.gethostname() and is_running(told["pid"])
+        return is_running(told["pid"]) if is_here(told) else store.shared
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         return False
+
+
+def is_here(told: dict[str, Any]) -> bool:
+    """Whether a holder is a process of this machine."""
+    return told["host"] == socket.gethostname() and told.get("namespace") == _namespace()
+
+
+def _namespace() -> str | None:
+    """In which space its process ids count: containers of one name may have several."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return None
 
 
 def is_running(pid: int | str) -> bool:
@@ -134,9 +147,10 @@ def is_running(pid: int | str) -> bool:
     return int(pid) != os.getpid()
 
 
-def _who(lock: str) -> str:
+def who(lock: str | bytes) -> str:
+    """``: process 3 on host, since …``, as far as what a lock holds says it."""
     try:
-        who = json.loads(lock)
-        return f": process {who['pid']} on {who['host']}, since {who['since']}"
+        told = json.loads(lock)
+        return f": process {told['pid']} on {told['host']}, since {told['since']}"
     except (ValueError, KeyError, TypeError):
         return ""

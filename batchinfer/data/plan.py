@@ -18,7 +18,7 @@ from batchinfer.data.source import InputFile, Source, Unit
 from batchinfer.data.store import Store
 from batchinfer.errors import DriftError, IntegrityError
 
-OF_FILE = ("path", "size", "mtime_ns", "footer")
+OF_FILE = ("path", "size", "mtime_ns", "tag", "footer")
 Files = dict[str, dict[str, Any]]  # name → OF_FILE, in the order of the plan
 
 
@@ -42,7 +42,7 @@ def read(store: Store) -> tuple[list[Unit], Files, list[int]]:
         except (ValueError, KeyError, pa.ArrowException) as error:
             raise IntegrityError(f"{store.path(name_of(number))} is damaged: {error}") from None
         for row, own in zip(rows.drop_columns(["picked"]).to_pylist(), picked):
-            files[row["file"]] = {key: row[key] for key in OF_FILE}
+            files[row["file"]] = {key: row.get(key) for key in OF_FILE}
             if row["unit"] is not None:
                 groups = (row["first_row_group"], row["last_row_group"])
                 numbers = own.values.to_numpy() if own.is_valid else None
@@ -76,6 +76,7 @@ def encode(units: Iterable[Unit], files: Mapping[str, InputFile]) -> bytes:
             "path": pa.array([file.path for file, _ in rows], pa.string()),
             "size": pa.array([file.size for file, _ in rows], pa.int64()),
             "mtime_ns": pa.array([file.mtime_ns for file, _ in rows], pa.int64()),
+            "tag": pa.array([file.tag for file, _ in rows], pa.string()),
             "footer": pa.array([file.footer for file, _ in rows], pa.string()),
         }
     )
@@ -115,7 +116,7 @@ def _check_unchanged(planned: Files, source: Source) -> None:
                 "choose another output.path"
             )
         now = asdict(source.files[name])
-        changed = [key for key in ("size", "mtime_ns", "footer") if now[key] != file[key]]
+        changed = [key for key in ("size", "mtime_ns", "tag", "footer") if now[key] != file[key]]
         if changed:
             raise DriftError(
                 f"input file {now['path']} was changed since the output was begun: {changed[0]} was "

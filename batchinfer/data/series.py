@@ -58,7 +58,7 @@ class Series:
         with contextlib.suppress(BatchInferError):
             self._ledger.store.make_folder(FOLDER)
         run = f"{self._ledger.epoch:06d}"
-        self._path = self._ledger.store.path(f"{FOLDER}/{run}.jsonl")
+        self._name, self._lines, self._noted = f"{FOLDER}/{run}.jsonl", b"", 0.0
         self._write(
             "begin",
             run=run,
@@ -116,8 +116,10 @@ class Series:
 
     def _write(self, kind: str, **values: Any) -> None:
         line = json.dumps({"kind": kind, "time": round(time.time(), 2), **values}, separators=(",", ":"))
-        with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+        self._lines += line.encode() + b"\n"
+        if kind != "point" or time.monotonic() - self._noted >= self._ledger.store.note_gap:
+            self._ledger.store.note(self._name, self._lines)
+            self._lines, self._noted = b"", time.monotonic()
 
 
 @dataclass

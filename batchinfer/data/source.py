@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchinfer.data.columns import find_column
-from batchinfer.data.files import InputFile, find, look, one_line, unify
+from batchinfer.data.files import InputFile, look, one_line, unify
+from batchinfer.data.listing import find
 from batchinfer.data.partitions import partition_fields
 from batchinfer.data.selection import Selection
 from batchinfer.data.units import Unit, cut, cut_up, empty, runs
@@ -135,9 +135,8 @@ class Source:
     def _read(self, units: Iterable[Unit], schema: pa.Schema) -> Iterator[tuple[Unit, pa.Table]]:
         for name, of_file in groupby(units, key=lambda unit: unit.file):
             file = self.files[name]
-            file.check_unchanged()
             try:
-                with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+                with file.open() as parquet:
                     for run in runs(of_file):
                         yield from cut(parquet, file, run, schema)
             except (OSError, pa.ArrowException) as error:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from batchinfer.data.lock import FileLock, Lock
 from batchinfer.errors import OutputError
+from batchinfer.location import is_remote, local_path
 
 
 class Store(Protocol):
@@ -24,6 +25,8 @@ class Store(Protocol):
 
     root: Any  # what people call it; its ``str`` leads back to it
     sync_gap: tuple[float, int]  # seconds and rows between two syncs of the journal, if the job does not say
+    note_gap: float  # seconds between two notes, at least
+    shared: bool  # whether runs on other machines may write here, lock or not
 
     def path(self, name: str) -> Any:
         """What people call a file."""
@@ -53,6 +56,9 @@ class Store(Protocol):
 
     def append(self, name: str, data: bytes) -> None:
         """Append to a file, made if it is missing (its folder entry is durable after ``sync``)."""
+
+    def note(self, name: str, lines: bytes) -> None:
+        """Append lines that are there for people: a power cut may take them, and what cannot be written is not."""
 
     def sync(self, folder: str) -> None:
         """Make the entries of a folder durable."""
@@ -86,14 +92,24 @@ class Store(Protocol):
 
 
 def open_store(folder: str | os.PathLike[str]) -> Store:
-    """The store of a folder that a person named."""
-    return LocalStore(os.path.abspath(os.path.expanduser(folder)))
+    """The store of a folder that a person named, by its path or its URL.
+
+    Raises: JobError for a URL that cannot be one, or if what opens it is not installed.
+    """
+    folder = os.fspath(folder)
+    if is_remote(folder):
+        from batchinfer.data.object_store import ObjectStore
+
+        return ObjectStore(folder)
+    return LocalStore(local_path(folder))
 
 
 class LocalStore:
     """A folder on a local or network file system; what is durable has been fsynced."""
 
     sync_gap = (1.0, 64)
+    note_gap = 0.0
+    shared = False
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -136,6 +152,10 @@ class LocalStore:
 
     def append(self, name: str, data: bytes) -> None:
         self._write(name, data, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def note(self, name: str, lines: bytes) -> None:
+        with contextlib.suppress(OSError), open(self.path(name), "ab", buffering=0) as file:
+            file.write(lines)
 
     def sync(self, folder: str) -> None:
         with _explained("sync", self.path(folder)):

@@ -1,0 +1,117 @@
+"""Lease: a lock in an object store, where no kernel knows whether its holder still lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import uuid
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from batchinfer.data.lock import holder, is_here, is_running, who
+from batchinfer.errors import BatchInferError, LockedError
+
+if TYPE_CHECKING:
+    from batchinfer.data.bucket import Condition, Version
+    from batchinfer.data.object_store import ObjectStore
+
+BEAT, STALE = 15.0, 90.0  # seconds between renewals, and without one after which the holder counts as dead
+
+
+class Lease:
+    """A lock object that its holder renews, by compare-and-swap. Whoever finds it stale takes it over in the same way.
+
+    Ages are told by the store's clock, so that the machines' own need not agree. A holder that was frozen, or could not
+    reach the store, for so long that another took over is told so by ``check``; what it still commits is committed
+    once, as ever (see ledger.py).
+
+    Raises: LockedError naming the holder.
+    """
+
+    def __init__(self, store: ObjectStore, name: str, output: Any) -> None:
+        self._store, self._name, self._output = store, name, output
+        self._holder = {**holder(), "run": uuid.uuid4().hex}
+        self._beats = 0
+        self._lost = ""
+        while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
+            pass  # another was quicker, and will be named
+        self._mine = mine
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="batchinfer-lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        if self._lost:
+            raise LockedError(f"{self._lost}; what it committed stays")
+
+    def release(self, leave_trace: bool = True) -> None:
+        self._ended.set()
+        self._thread.join(1.0)
+        if not self._lost:
+            self._store.remove([self._name])
+
+    @staticmethod
+    def is_held(store: ObjectStore, name: str) -> bool:
+        """By this machine's clock, as telling it by the store's takes a write."""
+        try:
+            found, content = store.version(name), store.read(name)
+        except FileNotFoundError:
+            return False
+        return not _is_dead(content) and (datetime.now(timezone.utc) - found.modified).total_seconds() < STALE
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._holder, "beat": self._beats}).encode()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(BEAT):
+            self._beats += 1
+            try:
+                self._mine = self._store.swap(self._name, self._content(), self._mine) or self._seen()
+            except LockedError as lost:
+                self._lost = str(lost)
+                return
+            except BatchInferError:
+                continue  # the store has trouble, which the run will meet by itself
+
+    def _seen(self) -> Condition:
+        """The lock as it stands: this run's after all, if the answer to an earlier renewal got lost."""
+        try:
+            found, content = self._store.version(self._name), self._store.read(self._name)
+        except FileNotFoundError:
+            raise LockedError(f"the lock of this run, {self._store.path(self._name)}, is gone") from None
+        if json.loads(content)["run"] != self._holder["run"]:
+            raise LockedError(f"{self._output} was taken over by another run{who(content)}, as this one seemed dead")
+        return found.condition
+
+
+def _free(store: ObjectStore, name: str, output: Any) -> Condition:
+    """The version of the lock that may be taken over, ``{}`` if there is none. Raises: LockedError."""
+    try:
+        found, content = store.version(name), store.read(name)
+    except FileNotFoundError:
+        return {}
+    if not _is_dead(content) and (left := STALE - _age(store, name, found)) > 0:
+        raise LockedError(
+            f"{output} is being written by another run{who(content)}. If that one died, its lease ends in {left:.0f} s"
+        )
+    return found.condition
+
+
+def _age(store: ObjectStore, name: str, found: Version) -> float:
+    """Seconds since it was written."""
+    probe = f"{name}.{uuid.uuid4().hex}"
+    store.write(probe, b"")
+    try:
+        return (store.version(probe).modified - found.modified).total_seconds()
+    finally:
+        store.remove([probe])
+
+
+def _is_dead(content: bytes) -> bool:
+    """Whether the holder is known to be dead: a process of this machine that is gone."""
+    try:
+        told = json.loads(content)
+        return is_here(told) and told["pid"] != os.getpid() and not is_running(told["pid"])
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,165 @@
+"""Object stores behind the interface of store.py: S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage.
+
+- A put is whole or not at all, and durable when it is answered; there is nothing to sync.
+- Put-if-absent and compare-and-swap are conditional puts (If-None-Match, If-Match). The answer to one may get lost on
+  its way and the put be tried again, which then finds its own work in its way: each carries a mark by which its writer
+  knows it again.
+- Appending to NAME puts numbered objects NAME/00000000, NAME/00000001, …, which are read as one file.
+- Moving copies within the bucket and then removes the source. The bytes of a name never differ, so it may be done
+  again, by whomever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from batchinfer.data.bucket import Changed, Condition, Version, open_bucket
+from batchinfer.data.lease import Lease
+from batchinfer.data.object_file import ObjectFile
+from batchinfer.errors import BatchInferError, OutputError
+from batchinfer.location import Location
+
+AT_ONCE = 16  # requests, where many objects are wanted
+MARK = "batchinferput"  # letters alone, as Azure wants it
+APPENDED = (".arrows", ".jsonl")  # files of these kinds are appended to
+
+
+class ObjectStore:
+    """A folder of a bucket. Store trouble that lasts is a StoreError, a wrong bucket or credentials a JobError."""
+
+    sync_gap = (10.0, 4096)
+    note_gap = 30.0
+    shared = True
+
+    def __init__(self, root: str) -> None:
+        place = Location.parse(root)
+        if not place.key:
+            raise OutputError(
+                f"{root} is a whole bucket; choose a folder inside it, such as {place.bucket}/completions"
+            )
+        self.root = str(place)
+        self.bucket, self._folder = open_bucket(place.bucket), place.key
+        self._appended: dict[str, int] = {}  # objects of files that this process appends to
+
+    def path(self, name: str) -> str:
+        return f"{self.bucket.url}/{self._key(name)}"
+
+    def read(self, name: str) -> bytes:
+        if name.endswith(APPENDED):
+            return b"".join(self._many(self.bucket.get, self._segments(name)))
+        return self.bucket.get(self._key(name))
+
+    def read_all(self, names: Iterable[str]) -> Iterable[bytes]:
+        return self._many(self.read, names)
+
+    def open(self, name: str) -> ObjectFile:
+        return ObjectFile(self.bucket, self.bucket.head(self._key(name)))
+
+    def size(self, name: str) -> int | None:
+        if name.endswith(APPENDED):
+            return sum(version.size for version in self.bucket.list(self._key(name))) or None
+        try:
+            return self.version(name).size
+        except FileNotFoundError:
+            return None
+
+    def list(self, folder: str, suffix: str = "") -> list[str]:
+        objects, folders = self.bucket.list_folder(self._key(folder))
+        keys = [*(version.key for version in objects), *(key for key in folders if key.endswith(APPENDED))]
+        return sorted(key.rpartition("/")[2] for key in keys if key.endswith(suffix))
+
+    def walk(self) -> dict[str, int]:
+        return {v.key.removeprefix(f"{self._folder}/"): v.size for v in self.bucket.list(self._folder)}
+
+    def make_folder(self, folder: str) -> None:
+        """There are none."""
+
+    def write(self, name: str, data: bytes) -> None:
+        self.bucket.put(self._key(name), data)
+
+    def append(self, name: str, data: bytes) -> None:
+        number = self._appended.setdefault(name, 0)
+        while not self.put_if_absent(f"{name}/{number:08d}", data):  # begun by an earlier process
+            number += 1
+        self._appended[name] = number + 1
+
+    def note(self, name: str, lines: bytes) -> None:
+        with contextlib.suppress(BatchInferError):
+            if not self.bucket.in_trouble:
+                self.append(name, lines)
+
+    def sync(self, folder: str) -> None:
+        """What was put is durable."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        self.bucket.put(self._key(name), data)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        return self.swap(name, data, {}) is not None
+
+    def swap(self, name: str, data: bytes, over: Condition) -> Condition | None:
+        """Write a whole object over that version of it, ``{}`` being that there is none.
+
+        Returns: the version written; None if it was not that version any more.
+        """
+        key, mark = self._key(name), uuid.uuid4().hex
+        try:
+            return self.bucket.put(key, data, over, **{MARK: mark})
+        except (Changed, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                if self.bucket.mark(key, MARK) == mark:
+                    return self.bucket.head(key).condition
+        return None
+
+    def move(self, name: str, to: Any, target: str) -> None:
+        try:
+            self.bucket.copy(self._key(name), to._key(target))
+        except FileNotFoundError:
+            raise OutputError(f"cannot move {self.path(name)}: it is gone") from None
+        self.remove([name])
+
+    def remove(self, names: Iterable[str], strict: bool = False) -> None:
+        if self.bucket.in_trouble and not strict:
+            return  # another clean-up will come
+        try:
+            keys = [key for name in names for key in self._objects(name)]
+            for at in range(0, len(keys), 1000):
+                self.bucket.delete(keys[at : at + 1000])
+        except BatchInferError:
+            if strict:
+                raise
+
+    def claim(self, control: Any) -> None:
+        if version := next(iter(self.bucket.list(self._folder)), None):
+            raise OutputError(
+                f"{self.root} is not empty (it holds {version.key.removeprefix(f'{self._folder}/')}) and no job was "
+                "begun in it; choose another output.path or empty it"
+            )
+
+    def lock(self, name: str, output: Any) -> Lease:
+        return Lease(self, name, output)
+
+    def is_locked(self, name: str) -> bool:
+        return Lease.is_held(self, name)
+
+    def version(self, name: str) -> Version:
+        return self.bucket.head(self._key(name))
+
+    def _key(self, name: str) -> str:
+        return self._folder if name == "." else f"{self._folder}/{name}"
+
+    def _objects(self, name: str) -> list[str]:
+        return self._segments(name) if name.endswith(APPENDED) else [self._key(name)]
+
+    def _segments(self, name: str) -> list[str]:
+        """Keys of the objects that make up an appended file, in their order."""
+        return sorted(version.key for version in self.bucket.list(self._key(name)))
+
+    @staticmethod
+    def _many(get: Any, names: Iterable[str]) -> Iterable[bytes]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(get, names)
