@@ -144,9 +144,11 @@ class EngineSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     tp: int = Field(1, ge=1, description="tensor-parallel ranks of a stage")
     pp: int = Field(1, ge=1, description="pipeline stages")
-    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: all cores this process may use")
+    pp_partition: Integers = Field((), description="layers of each stage; none given: dealt by measured time")
+    micro_batches: int = Field(0, ge=0, description="steps under way at once in the stages; 0: one a stage")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: an even share of the cores this process may use")
     kv_cache_gib: float = Field(
-        0.0, ge=0, description="memory for KV pages; 0: chosen from the profile and free memory"
+        0.0, ge=0, description="memory for KV pages a rank; 0: chosen from the profile and free memory"
     )
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
     profile: ProfileSection = ProfileSection()

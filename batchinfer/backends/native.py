@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion, Load, Request
 
@@ -27,14 +26,14 @@ class NativeBackend:
         from batchinfer.engine.engine import Engine
 
         options = job.engine
-        if options.tp * options.pp > 1:
-            raise JobError(
-                f"engine.tp × engine.pp = {options.tp} × {options.pp}: this version runs one rank, set both to 1"
-            )
         engine = Engine(
             options.plan or job.model.path,
             threads=options.threads,
             kv_cache_gib=options.kv_cache_gib,
+            tp=options.tp,
+            pp=options.pp,
+            pp_partition=options.pp_partition,
+            micro_batches=options.micro_batches,
             prefix_sharing=options.prefix_sharing,
             progress=progress,
             **job.build_options(),
@@ -58,4 +57,4 @@ class NativeBackend:
         )
 
     def close(self) -> None:
-        """Nothing outlives the process; the memory goes with the object."""
+        self.engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 
 from batchinfer.engine.build import build
 from batchinfer.engine.kv_cache import PagePool
+from batchinfer.engine.layout import Layout, partition
+from batchinfer.engine.pipeline import Pipeline
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.engine.scheduler import Scheduler, Sequence
+from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
 from batchinfer.engine.stage import Stage
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
@@ -64,23 +67,37 @@ class Engine:
         *,
         threads: int = 0,
         kv_cache_gib: float = 0.0,
+        tp: int = 1,
+        pp: int = 1,
+        pp_partition: tuple[int, ...] = (),
+        micro_batches: int = 0,
         prefix_sharing: bool = True,
         **build_options: Any,
     ) -> None:
         """
         Args:
             model: an EnginePlan, the folder of one, or anything that ``build`` takes; then it is built into the cache.
-            threads: CPU threads, 0 for all cores this process may use.
-            kv_cache_gib: memory for KV pages, 0 for what the profile can use.
+            threads: CPU threads of a rank, 0 for an even share of the cores this process may use.
+            kv_cache_gib: memory of a rank for KV pages, 0 for what the profile can use.
+            tp: ranks that share each layer. More ranks than one are processes of their own.
+            pp: stages that the layers are dealt to.
+            pp_partition: layers of each stage; none given: dealt by measured time.
+            micro_batches: steps under way at once in the stages, 0 for one a stage.
             prefix_sharing: share KV pages between requests that begin alike.
             build_options: passed to ``build``.
 
         Raises:
             ModelError: the model or plan cannot be used here.
         """
-        torch.set_num_threads(threads or available_cores())
         self.plan = open_plan(model, **build_options)
-        self.stage = Stage(self.plan, kv_cache_gib)
+        if tp * pp == 1:
+            torch.set_num_threads(threads or available_cores())
+            self.stage: Stage | Pipeline = Stage(self.plan, kv_cache_gib)
+        else:
+            layout = Layout(tp, partition(self.plan, tp, pp, pp_partition))
+            self.stage = Pipeline(
+                self.plan, layout, kv_cache_gib=kv_cache_gib, threads=threads, micro_batches=micro_batches
+            )
         self.text = Text(self.plan.tokenizer_dir)
         self.prefix_sharing = prefix_sharing
         self.counters = Counters()
@@ -125,22 +142,36 @@ class Engine:
                     else:
                         self._add(request, token_ids.astype(np.int32))
                 yield from self._step()
-                if exhausted and not self.scheduler.waiting and not self.scheduler.num_running:
+                idle = not (self.scheduler.waiting or self.scheduler.num_running or self._under_way)
+                if exhausted and idle:
                     return
         except GeneratorExit:  # the caller stops listening, between two steps
+            self.stage.abandon()
+            self._under_way.clear()
             self.scheduler.drop_all()
             raise
         except BaseException:  # inside a step: pages may be published that it never came to compute
+            self.stage.abandon()
             self._forget()
             raise
         finally:
             self._generating = False
 
+    def close(self) -> None:
+        """End the ranks that are processes of their own; without a call they end with this one."""
+        self.stage.close()
+
     def _forget(self) -> None:
         """Begin with an empty page pool and nothing to do."""
+        self._under_way: deque[StepBatch] = deque()  # launched, oldest first
         self.pages = PagePool(self.stage.num_pages)
         self.scheduler = Scheduler(
-            self.plan.profile, self.pages, self.stage.page_size, self.plan.eos_token_ids, self.prefix_sharing
+            self.plan.profile,
+            self.pages,
+            self.stage.page_size,
+            self.plan.eos_token_ids,
+            self.prefix_sharing,
+            self.stage.depth,
         )
 
     # -- intake ---------------------------------------------------------------------------------------------------
@@ -190,13 +221,17 @@ class Engine:
     # -- the step -------------------------------------------------------------------------------------------------
 
     def _step(self) -> list[Completion]:
-        """One step of everything that runs; the requests that ended with it."""
+        """Launch one step if there is one, take in another if no more can be under way; the requests that ended."""
         begun = time.perf_counter()
-        step = self.scheduler.schedule()
-        if step is None:
-            return []
+        launched = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        tokens = self.stage.run(step)
+        if launched is not None:
+            self.stage.launch(launched)
+            self._under_way.append(launched)
+        if not self._under_way or (launched is not None and len(self._under_way) < self.stage.depth):
+            return []
+        step = self._under_way.popleft()
+        tokens = self.stage.take()
         computed = time.perf_counter()
         ended = map(self._collect, self.scheduler.complete(step, tokens))
         completions = [completion for completion in ended if completion is not None]

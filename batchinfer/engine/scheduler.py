@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from batchinfer.engine.kernels.sampling import SamplingBatch
 from batchinfer.engine.kv_cache import PagePool, page_hashes
 from batchinfer.engine.plan import Profile
 from batchinfer.request import SamplingParams
+
+_PREFILL_ROUNDS = 4  # in which what waits for prefill is worked off, where it is throttled
 
 
 @dataclass(slots=True, eq=False)
@@ -63,17 +66,26 @@ class Scheduler:
     and it is computed again later, with the same tokens. All state of a row is in arrays, so that a step costs the
     host a few array operations, however many rows decode.
 
-    ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out.
+    ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out. With several
+    ``micro_batches`` under way in a pipeline, a step takes its share of the decoding rows, whichever are ready, and of
+    the prefill that is to be done: so that every stage sees even steps, however unevenly rows end.
     """
 
     def __init__(
-        self, profile: Profile, pages: PagePool, page_size: int, eos_token_ids: tuple[int, ...], share_prefixes: bool
+        self,
+        profile: Profile,
+        pages: PagePool,
+        page_size: int,
+        eos_token_ids: tuple[int, ...],
+        share_prefixes: bool,
+        micro_batches: int = 1,
     ) -> None:
         rows = profile.batch_size
         self.profile = profile
         self.pages = pages
         self.page_size = page_size
         self.share_prefixes = share_prefixes
+        self.micro_batches = micro_batches
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
         self._eos = np.array(eos_token_ids, np.int32)
@@ -115,8 +127,9 @@ class Scheduler:
     def schedule(self) -> StepBatch | None:
         """Compose the next step and reserve its pages; None when nothing can run."""
         preemptions = self.preemptions
-        rows, chunks = self._continue_running()
-        room = self.profile.step_tokens - int(chunks.sum())
+        most_decoding, most_tokens = self._fair_share()
+        rows, chunks = self._continue_running(most_decoding, most_tokens)
+        room = most_tokens - int(chunks.sum())
         # Whoever had to leave must not come back at once, only to be in the way again.
         admitted, their_chunks = self._admit(room if self.preemptions == preemptions else 0)
         if admitted:
@@ -157,15 +170,31 @@ class Scheduler:
 
     # -- running rows ---------------------------------------------------------------------------------------------
 
-    def _continue_running(self) -> tuple[np.ndarray, np.ndarray]:
+    def _fair_share(self) -> tuple[int, int]:
+        """The rows that decode and the tokens in all that a step may have, so that those under way are alike.
+
+        Prefill is throttled as in gLLM (arXiv:2504.14775): its share of all that waits, not all that fits.
+        """
+        if self.micro_batches == 1:
+            return len(self._running), self.profile.step_tokens
+        todo = self._length[self._running] - self._computed[self._running]
+        decoding = -(-np.count_nonzero(todo <= 1) // self.micro_batches)
+        prefill = int(todo[todo > 1].sum())
+        prefill += sum(len(sequence.token_ids) for sequence in islice(self.waiting, len(self._free_rows)))
+        prefill = max(-(-prefill // (_PREFILL_ROUNDS * self.micro_batches)), self.profile.step_tokens // 16)
+        return max(1, decoding), min(decoding + prefill, self.profile.step_tokens)
+
+    def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be."""
         while True:
             rows = self._running[~self._awaiting[self._running]]
             todo = self._length[rows] - self._computed[rows]
             decode_first = np.argsort(todo > 1, kind="stable")
             rows, todo = rows[decode_first], todo[decode_first]
+            taken = (todo > 1) | (np.arange(len(rows)) < most_decoding)
+            rows, todo = rows[taken], todo[taken]
             before = np.cumsum(todo) - todo
-            chunks = np.clip(self.profile.step_tokens - before, 0, todo)
+            chunks = np.clip(most_tokens - before, 0, todo)
             rows, chunks = rows[chunks > 0], chunks[chunks > 0]
             need = self._pages_for(self._computed[rows] + chunks) - self._held[rows]
             if need.sum() <= self.pages.available:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from batchinfer.engine.comm import ALONE, Peers
 from batchinfer.engine.kernels import AttentionBatch, select
 from batchinfer.engine.model.decoder import Decoder
+from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
@@ -17,17 +21,30 @@ _USUAL_SEQ_LEN = {"cpu": 512, "cuda": 2**30}  # a host's memory is others' too: 
 
 
 class Stage:
-    """The whole model on one device."""
+    """The whole model on one device, or a shard of it beside its peers."""
 
-    def __init__(self, plan: EnginePlan, kv_cache_gib: float = 0.0) -> None:
+    def __init__(
+        self,
+        plan: EnginePlan,
+        kv_cache_gib: float = 0.0,
+        shard: Shard | None = None,
+        peers: Peers = ALONE,
+        agree: Callable[[int], int] = int,
+    ) -> None:
         """
         Args:
             kv_cache_gib: memory for KV pages; 0 takes what the profile can use, up to a share of what is free.
+            shard: the part of the model to hold, all of it unless given.
+            peers: the ranks that hold the rest.
+            agree: takes the pages that this rank has room for, gives those that all ranks have room for.
 
         Raises:
             ModelError: the memory does not hold one sequence of the profile's length.
         """
-        spec, profile = plan.spec, plan.profile
+        self.depth = 1  # steps that may be launched before the first is taken
+        self.shard = shard or Shard(plan.spec, range(plan.spec.num_layers))
+        self.peers = peers
+        spec, profile = self.shard.spec, plan.profile
         self.device = torch.device(plan.device)
         dtype = plan.torch_dtype
         self.kernels = select(self.device, dtype)
@@ -41,7 +58,7 @@ class Stage:
             self.device,
         )
         self.decoder = Decoder(
-            spec,
+            self.shard,
             plan.weights,
             self.kernels,
             attention,
@@ -49,11 +66,13 @@ class Stage:
             max_position=profile.seq_len,
             dtype=dtype,
             device=self.device,
+            all_reduce=(peers if self.shard.tp > 1 else ALONE).all_reduce,
         )
         self.page_size = attention.page_size
         page_bytes = attention.page_bytes(spec.num_layers)
-        self.num_pages = self._count_pages(plan, page_bytes, kv_cache_gib)
+        self.num_pages = agree(self._count_pages(plan, page_bytes, kv_cache_gib))
         self.caches = attention.allocate(spec.num_layers, self.num_pages)
+        self._tokens = np.empty(0, np.int32)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
         profile = plan.profile
@@ -63,7 +82,7 @@ class Stage:
         else:
             usual = -(-min(profile.seq_len, _USUAL_SEQ_LEN[self.device.type]) // self.page_size)
             wanted = max(pages_per_sequence, profile.batch_size * usual)
-            pages = min(int(_free_memory(self.device)) // page_bytes, wanted)
+            pages = min(int(_free_memory(self.device) / self.peers.on_this_device) // page_bytes, wanted)
         if pages < pages_per_sequence:
             raise ModelError(
                 f"KV pages for one sequence of {profile.seq_len} tokens take "
@@ -72,9 +91,23 @@ class Stage:
             )
         return pages
 
+    def launch(self, step: StepBatch) -> None:
+        """Compute a step: keys and values into their pages, its tokens kept for ``take``."""
+        self._tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
+
+    def take(self) -> np.ndarray:
+        """The tokens sampled for the step launched last, int32 ``[samples]``."""
+        return self._tokens
+
+    def abandon(self) -> None:
+        """Nobody will take the tokens of what is under way."""
+
+    def close(self) -> None:
+        """Nothing outlives the process; the memory goes with the object."""
+
     @torch.inference_mode()
-    def run(self, step: StepBatch) -> np.ndarray:
-        """Compute a step: keys and values into their pages, and the sampled tokens back, int32 ``[samples]``."""
+    def forward(self, step: StepBatch, inputs: torch.Tensor) -> torch.Tensor:
+        """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``."""
         batch = AttentionBatch(
             positions=self._tensor(step.positions),
             slots=self._tensor(step.slots),
@@ -84,8 +117,14 @@ class Stage:
             max_query_len=int(np.diff(step.query_starts).max()),
             max_context_len=int(step.context_lens.max()),
         )
-        logits = self.decoder.forward(self._tensor(step.token_ids), batch, self.caches, self._tensor(step.sampled))
-        return self.kernels.sample(logits, step.sampling).cpu().numpy()
+        return self.decoder.forward(inputs, batch, self.caches, self._tensor(step.sampled))
+
+    @torch.inference_mode()
+    def sample(self, step: StepBatch, logits: torch.Tensor) -> np.ndarray | None:
+        """The tokens chosen from a step's logits, int32 ``[samples]``; None on all but the first of a stage's ranks."""
+        if self.shard.tp > 1:
+            logits = self.peers.gather(logits, self.shard.vocabulary_shares)
+        return None if logits is None else self.kernels.sample(logits, step.sampling).cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

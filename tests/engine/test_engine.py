@@ -159,7 +159,7 @@ def test_an_engine_interrupted_within_a_step_finds_no_page_that_was_never_comput
     expected = only(engine.generate([prompt], SAMPLED)).outputs
     other = Engine(engine.plan)
     with monkeypatch.context() as patch:
-        patch.setattr(other.stage, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(other.stage, "launch", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             list(other.generate([prompt], SAMPLED))
     assert other.pages.held == 0

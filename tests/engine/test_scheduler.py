@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -59,13 +59,14 @@ def jobs():
     st.booleans(),  # share prefixes
     st.floats(0, 0.3),  # how likely a token is EOS
     st.floats(0, 1),  # what the scheduler believes of output lengths at first
+    st.integers(1, 4),  # steps under way at once
     st.integers(0, 2**31),
 )
-def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pages, share, eos, belief, seed):
+def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pages, share, eos, belief, depth, seed):
     rng = np.random.default_rng(seed)
     prefixes = rng.integers(2, 9, (3, SEQ_LEN))
     pool = PagePool(pages)
-    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share)
+    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share, depth)
     scheduler._used_share = belief
     model = FakeModel(pages)
     sequences = []
@@ -78,11 +79,15 @@ def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pag
 
     finished: list[Sequence] = []
     admitted: list[int] = []
+    under_way: deque = deque()
     for _ in range(10_000):
-        if not (scheduler.waiting or scheduler.num_running):
+        if not (scheduler.waiting or scheduler.num_running or under_way):
             break
-        step = scheduler.schedule()
-        assert step is not None, "work is left and nothing runs: starvation"
+        step = scheduler.schedule() if len(under_way) < depth else None
+        if step is None:
+            assert under_way, "work is left and nothing runs: starvation"
+            finished += scheduler.complete(*under_way.popleft())
+            continue
         assert 0 < step.num_tokens <= scheduler.profile.step_tokens
         assert scheduler.num_running <= batch
         tokens = model.run(step, eos, rng)
@@ -91,7 +96,7 @@ def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pag
             assert seen.tolist() == scheduler._tokens[row, : len(seen)].tolist()
         owners = [scheduler._sequences[row].owner for row in step.rows]
         admitted += [owner for owner in owners if owner not in admitted]
-        finished += scheduler.complete(step, tokens.astype(np.int32))
+        under_way.append((step, tokens.astype(np.int32)))
     assert sorted(s.owner for s in finished) == list(range(len(job)))
     assert admitted == sorted(admitted), "a later sequence ran before an earlier one"
     assert pool.held == 0 and not pool.references.any()
@@ -171,6 +176,33 @@ def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
     scheduler.complete(second, np.array([5], np.int32))
     scheduler.complete(first, np.array([5], np.int32))
     assert len(scheduler.schedule().sampled) == 2
+
+
+def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ended():
+    scheduler = Scheduler(Profile(64, 256, SEQ_LEN), PagePool(64 * 12), PAGE, (EOS,), True, micro_batches=2)
+    rng = np.random.default_rng(0)
+    for tail in range(64):
+        scheduler.add(sequence([2, 3, tail % 7], max_tokens=4 + int(rng.integers(0, 30))))
+    under_way, sizes = deque([scheduler.schedule(), scheduler.schedule()]), []
+    while under_way:
+        step = under_way.popleft()
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+        if (step := scheduler.schedule()) is not None:
+            under_way.append(step)
+            sizes.append((step.num_tokens, scheduler.num_running))
+    assert len(sizes) > 30
+    assert all(size <= -(-running // 2) for size, running in sizes[8:])
+
+
+def test_prefill_is_spread_over_the_steps_of_a_pipeline():
+    scheduler = Scheduler(Profile(64, 256, SEQ_LEN), PagePool(64 * 12), PAGE, (EOS,), False, micro_batches=2)
+    for _ in range(16):
+        scheduler.add(sequence([2] * 40, max_tokens=1))
+    sizes = []
+    while (step := scheduler.schedule()) is not None:
+        sizes.append(step.num_tokens)
+    assert sum(sizes) == 16 * 40
+    assert sizes[0] == 16 * 40 // 8 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
 
 
 def test_logits_that_are_not_finite_end_a_row_with_an_error():

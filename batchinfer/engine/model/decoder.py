@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
 from batchinfer.engine.kernels.linear import Linear, dense, load_linear
-from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.model.shard import Shard
 
 Group = dict[str, Tensor]
 
@@ -43,14 +43,14 @@ class Layer:
 
 
 class Decoder:
-    """A whole decoder-only transformer: embedding, layers, final norm and head.
+    """A decoder-only transformer, or one rank's shard of it: embedding, layers, final norm and head.
 
     The residual stream is float32 whatever the weights' dtype; every matrix product takes and gives ``dtype``.
     """
 
     def __init__(
         self,
-        spec: DecoderSpec,
+        shard: Shard,
         weights: Callable[[str], Group],
         kernels: Kernels,
         attention: PagedAttention,
@@ -59,25 +59,31 @@ class Decoder:
         max_position: int,
         dtype: torch.dtype,
         device: torch.device,
+        all_reduce: Callable[[Tensor], Tensor],
     ) -> None:
         """
         Args:
             weights: reads one group of tensors (``embed``, ``layer-000`` …, ``head``), on any device.
             max_tokens: most tokens of a step; buffers are made for them once.
             max_position: positions that RoPE is tabulated for.
+            all_reduce: sums a tensor over the ranks that share these layers.
         """
 
         def load(name: str) -> Group:
-            return {key: value.to(device) for key, value in weights(name).items()}
+            return {key: value.to(device) for key, value in shard.cut(name, weights(name)).items()}
 
+        spec = shard.spec
+        self.shard = shard
         self.spec = spec
         self.kernels = kernels
         self.attention = attention
-        self.embedding = load("embed")["weight"]
-        self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in range(spec.num_layers)]
-        head = load("head")
-        self.norm = head["norm.weight"]
-        self.head = dense(self.embedding if spec.tied_head else head["weight"])
+        self.all_reduce = all_reduce
+        self.embedding = load("embed")["weight"] if shard.first or (shard.last and spec.tied_head) else None
+        self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in shard.layers]
+        if shard.last:
+            head = load("head")
+            self.norm = head["norm.weight"]
+            self.head = dense(self.embedding if spec.tied_head else head["weight"])
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
         self._normed = torch.empty(max_tokens, spec.hidden_size, dtype=dtype, device=device)
@@ -85,28 +91,43 @@ class Decoder:
         self._attended = torch.empty(max_tokens, heads, dtype=dtype, device=device)
         self._activated = torch.empty(max_tokens, spec.intermediate_size, dtype=dtype, device=device)
 
-    def forward(self, token_ids: Tensor, batch: AttentionBatch, caches: list, sampled: Tensor) -> Tensor:
-        """Logits ``dtype [samples, vocab]`` of the tokens of a step at ``sampled``; keys and values go to ``caches``.
+    def forward(self, inputs: Tensor, batch: AttentionBatch, caches: list, sampled: Tensor) -> Tensor:
+        """Run the tokens of a step through the layers; keys and values go to ``caches``.
 
         Args:
-            token_ids: integer ``[tokens]``.
-            sampled: integer ``[samples]``, places in ``token_ids``.
+            inputs: for the first layers token ids, integer ``[tokens]``; for others the residual stream that the layers
+                before gave, float32 ``[tokens, hidden]``, which is overwritten.
+            sampled: integer ``[samples]``, places among the tokens.
+
+        Returns:
+            After the last layer the logits at ``sampled``, ``dtype [samples, vocabulary]`` (this rank's rows of it),
+            else the residual stream.
         """
         kernels, eps = self.kernels, self.spec.rms_norm_eps
-        tokens = len(token_ids)
+        tokens = len(inputs)
         normed, q, attended = self._normed[:tokens], self._q[:tokens], self._attended[:tokens]
         activated = self._activated[:tokens]
-        residual = self.embedding[token_ids].float()
+        residual = self._embed(inputs) if self.shard.first else inputs
         delta = None
         for layer, cache in zip(self.layers, caches, strict=True):
             kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, normed)
             qkv = layer.qkv(normed)
             self.attention.rope_write(qkv, self.cos_sin, batch, cache, layer.q_norm, layer.k_norm, eps, q)
             self.attention.attend(q, batch, cache, attended)
-            if layer is self.layers[-1]:
+            if self.shard.last and layer is self.layers[-1]:
                 # Keys and values are written: from here on only tokens whose logits are wanted matter.
                 attended, residual = attended[sampled], residual[sampled]
                 normed, activated = normed[: len(sampled)], activated[: len(sampled)]
-            kernels.add_rms_norm(residual, layer.o(attended), layer.mlp_norm, eps, normed)
-            delta = layer.down(kernels.silu_mul(layer.gate_up(normed), activated))
+            kernels.add_rms_norm(residual, self.all_reduce(layer.o(attended)), layer.mlp_norm, eps, normed)
+            delta = self.all_reduce(layer.down(kernels.silu_mul(layer.gate_up(normed), activated)))
+        if not self.shard.last:
+            return residual.add_(delta)
         return self.head(kernels.add_rms_norm(residual, delta, self.norm, eps, normed))
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self.shard.tp == 1:
+            return self.embedding[token_ids].float()
+        places = token_ids - self.shard.vocabulary.start
+        here = (places >= 0) & (places < len(self.shard.vocabulary))
+        rows = self.embedding[places.clamp(0, len(self.shard.vocabulary) - 1)]
+        return self.all_reduce(rows.float() * here[:, None])

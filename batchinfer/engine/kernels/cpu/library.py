@@ -148,6 +148,7 @@ def _first_error(output: str) -> str:
 
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_COUNT, _DOUBLE = ctypes.c_uint32, ctypes.c_double
 _TYPED = {  # one for each of f32 and bf16
     "add_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG, _INT]),
     "silu_mul": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT]),
@@ -161,6 +162,8 @@ _SIGNATURES = {f"{name}_{suffix}": signature for name, signature in _TYPED.items
     "vector_floats": (_INT, []),
     "native_bf16": (_INT, []),
     "openmp_threads": (_INT, []),
+    "raise_to": (None, [_POINTER, _COUNT]),
+    "wait_for": (_INT, [_POINTER, _COUNT, _DOUBLE, _DOUBLE]),
 }
 
 

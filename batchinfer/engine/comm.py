@@ -1,0 +1,237 @@
+"""Peers: how a rank reaches the others. Stage hops and sums over a stage's ranks, each wait with a deadline.
+
+Ranks on one machine's CPU share memory; between machines there is gloo, between GPUs NCCL.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from batchinfer.engine.kernels.cpu.library import library
+from batchinfer.engine.layout import Layout
+from batchinfer.errors import EngineError
+
+SPIN_SECONDS = 50e-6  # about what a sleeper takes to wake
+
+
+class Peers(Protocol):
+    """The ranks beside this one. Tensors between two ranks arrive in the order in which they were sent."""
+
+    on_this_device: int  # ranks that live on the same memory, this one included
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over this stage's ranks, the same bits on each. ``x`` may be overwritten."""
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+        """The columns of this stage's ranks beside each other, the ``r``-th has ``widths[r]``. For the first alone."""
+
+    def send(self, to: int, x: Tensor) -> None:
+        """Begin to send; ``x`` must not be changed any more."""
+
+    def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Begin to receive what ``sender`` sends next, so that it travels while something else is computed."""
+
+    def receive(self, sender: int) -> Tensor:
+        """What was expected of ``sender`` first; it may be changed in place until the next ``receive``."""
+
+
+class Alone:
+    """One rank has no peers."""
+
+    on_this_device = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+ALONE = Alone()
+
+
+class Arena:
+    """Memory that several processes map; each takes its parts in the same order, so that all agree on the places."""
+
+    ALIGNMENT = 128  # two cache lines: processors fetch them in pairs
+
+    def __init__(self, memory: np.ndarray | None = None) -> None:
+        """
+        Args:
+            memory: uint8; without it only the need is counted, in ``used``.
+        """
+        self.memory = memory
+        self.used = 0
+
+    def take(self, size: int) -> Tensor:
+        start = self.used
+        self.used += -(-size // self.ALIGNMENT) * self.ALIGNMENT
+        if self.memory is None:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.from_numpy(self.memory[start : start + size])
+
+
+class Counter:
+    """A number in shared memory that one process raises and others wait for."""
+
+    def __init__(self, arena: Arena, owner: str, deadline: float) -> None:
+        self._word = arena.take(4)
+        self._address = self._word.data_ptr()
+        self._owner = owner
+        self._deadline = deadline
+        operators = library()
+        self._raise, self._wait = operators.raise_to, operators.wait_for
+
+    def raise_to(self, value: int) -> None:
+        """Whoever sees ``value`` sees everything written before."""
+        self._raise(self._address, value & 0xFFFFFFFF)
+
+    def wait_for(self, value: int) -> None:
+        """
+        Raises:
+            EngineError: the owner did not come so far before the deadline.
+        """
+        if not self._wait(self._address, value & 0xFFFFFFFF, SPIN_SECONDS, self._deadline):
+            raise EngineError(f"{self._owner} was silent for {self._deadline:g} s")
+
+
+class Ring:
+    """Slots of shared memory from one rank to another: the sender goes on while the receiver is busy."""
+
+    def __init__(self, arena: Arena, sender: int, receiver: int, slots: int, slot_bytes: int, deadline: float) -> None:
+        self._written = Counter(arena, f"rank {sender}", deadline)
+        self._freed = Counter(arena, f"rank {receiver}", deadline)
+        self._slots = [arena.take(slot_bytes) for _ in range(slots)]
+        self._expected: deque[tuple[tuple[int, ...], torch.dtype]] = deque()
+        self._sent = self._received = 0
+
+    def send(self, x: Tensor) -> None:
+        self._freed.wait_for(self._sent + 1 - len(self._slots))
+        _view(self._slots[self._sent % len(self._slots)], x.shape, x.dtype).copy_(x)
+        self._sent += 1
+        self._written.raise_to(self._sent)
+
+    def expect(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._expected.append((shape, dtype))
+
+    def receive(self) -> Tensor:
+        self._freed.raise_to(self._received)  # what was received before is done with
+        slot = self._slots[self._received % len(self._slots)]
+        self._received += 1
+        self._written.wait_for(self._received)
+        return _view(slot, *self._expected.popleft())
+
+
+class Seat:
+    """One rank's place at its stage's table: two buffers in turn, and how many it has filled.
+
+    Two are enough: a rank fills a buffer again only when all have filled the other, and so have read this one.
+    """
+
+    def __init__(self, arena: Arena, rank: int, size: int, deadline: float) -> None:
+        self.filled = Counter(arena, f"rank {rank}", deadline)
+        self.buffers = [arena.take(size), arena.take(size)]
+
+
+class SharedPeers:
+    """Ranks on one machine's CPU, through shared memory."""
+
+    def __init__(
+        self, arena: Arena, layout: Layout, rank: int, deadline: float, *, slots: int, hop_bytes: int, team_bytes: int
+    ) -> None:
+        """
+        Args:
+            slots: hops that may be under way from a rank to the next.
+            hop_bytes: the largest tensor of a hop.
+            team_bytes: the largest tensor of a sum or a gathering.
+        """
+        self.on_this_device = layout.size
+        self._rank = rank
+        self._rings = {(a, b): Ring(arena, a, b, slots, hop_bytes, deadline) for a, b in layout.hops()}
+        seats = [Seat(arena, r, team_bytes if layout.tp > 1 else 0, deadline) for r in range(layout.size)]
+        self._seat, self._table = seats[rank], [seats[r] for r in layout.team(rank)]
+        self._meetings = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return functools.reduce(torch.add, self._meet(x, [x.shape] * len(self._table)))
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+        parts = self._meet(x, [(len(x), width) for width in widths])
+        return torch.cat(parts, dim=1) if self._seat is self._table[0] else None
+
+    def _meet(self, x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Everyone's tensor, good until the next meeting."""
+        buffer = self._meetings % 2
+        self._meetings += 1
+        _view(self._seat.buffers[buffer], x.shape, x.dtype).copy_(x)
+        self._seat.filled.raise_to(self._meetings)
+        parts = []
+        for seat, shape in zip(self._table, shapes, strict=True):
+            seat.filled.wait_for(self._meetings)
+            parts.append(_view(seat.buffers[buffer], shape, x.dtype))
+        return parts
+
+    def send(self, to: int, x: Tensor) -> None:
+        self._rings[self._rank, to].send(x)
+
+    def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._rings[sender, self._rank].expect(shape, dtype)
+
+    def receive(self, sender: int) -> Tensor:
+        return self._rings[sender, self._rank].receive()
+
+
+class DistributedPeers:
+    """Ranks of torch.distributed: NCCL between GPUs, gloo between CPUs of several machines."""
+
+    on_this_device = 1
+
+    def __init__(self, layout: Layout, rank: int, deadline: float, *, store: dist.Store, device: torch.device) -> None:
+        self._device = device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        patience = timedelta(seconds=deadline)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=layout.size, timeout=patience)
+        teams = {layout.team(r): None for r in range(layout.size)}
+        for team in teams:  # every rank takes part in making every group
+            teams[team] = dist.new_group(list(team), timeout=patience) if layout.tp > 1 else None
+        self._team = teams[layout.team(rank)]
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self._team)
+        return x
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+        padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1]))
+        first = dist.get_group_rank(self._team, dist.get_rank()) == 0
+        parts = [torch.empty_like(padded) for _ in widths] if first else None
+        dist.gather(padded, parts, group=self._team, group_dst=0)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths)], dim=1) if first else None
+
+    def send(self, to: int, x: Tensor) -> None:
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        self._sending.append((dist.isend(x, to), x))
+
+    def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        self._expected[sender].append((dist.irecv(x, sender), x))
+
+    def receive(self, sender: int) -> Tensor:
+        work, x = self._expected[sender].popleft()
+        work.wait()
+        return x
+
+
+def _view(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size > len(memory):
+        raise EngineError(f"a tensor of {size} bytes does not fit the {len(memory)} that ranks share for it")
+    return memory[:size].view(dtype).view(tuple(shape))

@@ -1,0 +1,56 @@
+"""Layout: which rank holds which part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from batchinfer.engine.model.shard import Shard
+from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``len(partition)`` stages of ``tp`` ranks each. Ranks of a stage are neighbours, so that they share a machine."""
+
+    tp: int
+    partition: tuple[int, ...]  # layers of each stage
+
+    @property
+    def size(self) -> int:
+        return self.tp * len(self.partition)
+
+    def stage(self, rank: int) -> int:
+        return rank // self.tp
+
+    def team(self, rank: int) -> range:
+        """The ranks that share a stage with this one, itself included."""
+        first = self.stage(rank) * self.tp
+        return range(first, first + self.tp)
+
+    def hops(self) -> Iterator[tuple[int, int]]:
+        """Pairs of ranks that the residual stream goes between."""
+        return ((rank, rank + self.tp) for rank in range(self.size - self.tp))
+
+    def shard(self, model: DecoderSpec, rank: int) -> Shard:
+        stage = self.stage(rank)
+        first = sum(self.partition[:stage])
+        return Shard(model, range(first, first + self.partition[stage]), self.tp, rank % self.tp)
+
+
+def partition(plan: EnginePlan, tp: int, pp: int, asked: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Layers of each of ``pp`` stages, as asked for or as even as they go.
+
+    Raises:
+        ModelError: that cannot be.
+    """
+    layers = plan.spec.num_layers
+    if asked and (len(asked) != pp or sum(asked) != layers or min(asked) < 1):
+        raise ModelError(
+            f"engine.pp_partition = {list(asked)} must give each of {pp} stages a layer or more, {layers} in all"
+        )
+    if pp > layers:
+        raise ModelError(f"engine.pp = {pp}, but {plan.model} has {layers} layers and each stage needs one: lower it")
+    return asked or tuple(layers * (stage + 1) // pp - layers * stage // pp for stage in range(pp))

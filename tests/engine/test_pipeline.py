@@ -1,0 +1,171 @@
+"""A model over several ranks says what it says on one; a rank that dies ends them all, at once and with its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from batchinfer import Engine, SamplingParams
+from batchinfer.engine import pipeline
+from batchinfer.engine.link import Link
+from batchinfer.engine.worker import work
+from batchinfer.errors import EngineError, ModelError
+from tests.engine.test_families import prompts
+from tests.engine.tiny import VARIANTS, make_model
+
+GREEDY = SamplingParams(max_tokens=24)
+OPTIONS = dict(dtype="float32", device="cpu", batch_size=8, step_tokens=64, progress=False)
+
+
+@pytest.fixture
+def ranks_are_threads(monkeypatch):
+    """Ranks of this process: everything but the starting of theirs, in a tenth of the time."""
+
+    class Thread(pipeline._Rank):
+        @classmethod
+        def start(cls, number, arena):
+            ours, theirs = socket.socketpair()
+            threading.Thread(target=work, args=(Link(theirs), arena, lambda: None), daemon=True).start()
+            return cls(number, None, Link(ours))
+
+        def end(self):
+            self.link.close()
+
+    monkeypatch.setattr(pipeline, "_Rank", Thread)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    return Engine(models["llama"], **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    """Two stages that are processes."""
+    with contextlib.closing(Engine(models["llama"], pp=2, **OPTIONS)) as engine:
+        yield engine
+
+
+def said(engine: Engine, sampling: SamplingParams = GREEDY, count: int = 12) -> dict:
+    return {c.key: c.outputs for c in engine.generate(prompts(count), sampling)}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_family_says_the_same_from_shards(models, variant, ranks_are_threads):
+    expected = said(Engine(models[variant], **OPTIONS))
+    for tp, pp in ((2, 3), (4, 1)):  # with two KV heads each rank has one, or shares it with another
+        with contextlib.closing(Engine(models[variant], tp=tp, pp=pp, **OPTIONS)) as engine:
+            assert said(engine) == expected, f"tp {tp}, pp {pp}"
+            assert engine.pages.held == 0
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "options"),
+    [(1, 2, {}), (2, 1, {}), (2, 2, {"micro_batches": 4}), (1, 3, {"pp_partition": (1, 1, 1)}), (3, 1, {})],
+)
+def test_any_layout_says_what_one_rank_says(models, alone, tp, pp, options, ranks_are_threads):
+    with contextlib.closing(Engine(models["llama"], tp=tp, pp=pp, **options, **OPTIONS)) as engine:
+        assert said(engine) == said(alone)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=16, temperature=0.9, top_p=0.9, seed=5, n=2),
+        SamplingParams(max_tokens=16, temperature=0.7, repetition_penalty=1.3, seed=5),
+        SamplingParams(max_tokens=16, repetition_penalty=1.5),
+    ],
+)
+def test_sampling_is_the_same_whichever_rank_does_it(alone, pair, sampling):
+    assert said(pair, sampling) == said(alone, sampling)
+
+
+def test_a_pipeline_left_in_the_middle_can_be_used_again(alone, pair):
+    for _ in pair.generate(prompts(30), GREEDY):
+        break
+    assert pair.pages.held == 0
+    assert said(pair) == said(alone)
+
+
+def test_an_interrupted_step_leaves_a_pipeline_that_works(alone, pair, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.stage, "take", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            said(pair)
+    assert said(pair) == said(alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_in_the_middle_ends_the_engine_with_its_name(models, victim):
+    with contextlib.closing(Engine(models["llama"], pp=2, **OPTIONS)) as engine:
+        running = engine.generate(prompts(400), GREEDY)
+        next(running)
+        os.kill(engine.stage._ranks[victim].process.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match=f"rank {victim} .* killed by SIGKILL"):
+            list(running)
+        assert time.monotonic() - begun < 5
+
+
+def test_a_rank_that_hangs_ends_the_engine_at_the_deadline(models, monkeypatch):
+    monkeypatch.setattr(pipeline, "DEADLINE", 20.0)
+    with contextlib.closing(Engine(models["llama"], pp=2, **OPTIONS)) as engine:
+        running = engine.generate(prompts(400), GREEDY)
+        next(running)
+        monkeypatch.setattr(pipeline, "DEADLINE", 1.0)
+        os.kill(engine.stage._ranks[1].process.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="silent for 1 s"):
+            list(running)
+
+
+def test_no_rank_outlives_an_engine_that_is_killed(models):
+    code = f"""
+from batchinfer import Engine
+engine = Engine({str(models["llama"])!r}, pp=2, **{OPTIONS!r})
+print(*(rank.process.pid for rank in engine.stage._ranks), flush=True)
+for _ in engine.generate(iter(lambda: [1, 2, 3], None)): pass
+"""
+    engine = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    ranks = [int(pid) for pid in engine.stdout.readline().split()]
+    assert len(ranks) == 2 and all(alive(pid) for pid in ranks)
+    engine.kill()
+    engine.wait()
+    until = time.monotonic() + 5
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pp": 4}, "engine.pp = 4, but .* has 3 layers"),
+        ({"tp": 7}, "engine.tp = 7, but the model has 6 attention heads"),
+        ({"pp": 2, "pp_partition": (1, 1)}, r"pp_partition = \[1, 1\] must give each of 2 stages .* 3 in all"),
+        ({"pp": 2, "kv_cache_gib": 1e-7}, "raise engine.kv_cache_gib"),
+    ],
+)
+def test_an_impossible_layout_is_named(models, options, message, ranks_are_threads):
+    with pytest.raises(ModelError, match=message):
+        Engine(models["llama"], **options, **OPTIONS)
