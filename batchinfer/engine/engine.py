@@ -18,7 +18,7 @@ from batchinfer.engine.layout import Layout, partition
 from batchinfer.engine.pipeline import Pipeline
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
-from batchinfer.engine.stage import Stage
+from batchinfer.engine.stage import Stage, Tokens
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
 from batchinfer.host import available_cores
@@ -146,15 +146,13 @@ class Engine:
                 if exhausted and idle:
                     return
         except GeneratorExit:  # the caller stops listening, between two steps
-            self.stage.abandon()
-            self._under_way.clear()
             self.scheduler.drop_all()
             raise
         except BaseException:  # inside a step: pages may be published that it never came to compute
-            self.stage.abandon()
             self._forget()
             raise
         finally:
+            self._under_way.clear()  # of sequences that have ended: nobody asks for their tokens
             self._generating = False
 
     def close(self) -> None:
@@ -163,7 +161,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Begin with an empty page pool and nothing to do."""
-        self._under_way: deque[StepBatch] = deque()  # launched, oldest first
+        self._under_way: deque[tuple[StepBatch, Tokens]] = deque()  # launched, oldest first
         self.pages = PagePool(self.stage.num_pages)
         self.scheduler = Scheduler(
             self.plan.profile,
@@ -226,14 +224,13 @@ class Engine:
         launched = self.scheduler.schedule()
         scheduled = time.perf_counter()
         if launched is not None:
-            self.stage.launch(launched)
-            self._under_way.append(launched)
+            self._under_way.append((launched, self.stage.launch(launched)))
         if not self._under_way or (launched is not None and len(self._under_way) < self.stage.depth):
             return []
-        step = self._under_way.popleft()
-        tokens = self.stage.take()
+        step, tokens = self._under_way.popleft()
+        token_ids = tokens()
         computed = time.perf_counter()
-        ended = map(self._collect, self.scheduler.complete(step, tokens))
+        ended = map(self._collect, self.scheduler.complete(step, token_ids))
         completions = [completion for completion in ended if completion is not None]
         counters = self.counters
         counters.steps += 1

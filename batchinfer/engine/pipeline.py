@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import selectors
@@ -22,6 +23,7 @@ from batchinfer.engine.layout import Layout
 from batchinfer.engine.link import Link, Message, encode
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.stage import Tokens
 from batchinfer.engine.worker import ARENA_FD, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
@@ -54,8 +56,8 @@ class Pipeline:
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self._launched = self._taken = 0
-        self._tokens: dict[int, np.ndarray] = {}  # by the number of the step
+        self._launched = 0
+        self._tokens: dict[int, np.ndarray] = {}  # by the number of the step, not asked for yet
         try:
             self._start(plan, kv_cache_gib, threads or max(1, available_cores() // layout.size))
         except BaseException:
@@ -112,9 +114,14 @@ class Pipeline:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def launch(self, step: StepBatch) -> None:
-        """Send a step on its way."""
-        message = encode("step", number=self._launched, **fields_of(step))
+    def launch(self, step: StepBatch) -> Tokens:
+        """Send a step on its way; its tokens are to be asked for, in the order of the steps.
+
+        Raises:
+            EngineError: a rank died; asking for tokens, also that one hangs.
+        """
+        number = self._launched
+        message = encode("step", number=number, **fields_of(step))
         try:
             for rank in self._ranks:
                 rank.link.send_encoded(message)
@@ -124,28 +131,16 @@ class Pipeline:
             self.close()
             raise
         self._launched += 1
+        return functools.partial(self._take, number)
 
-    def take(self) -> np.ndarray:
-        """The tokens of the oldest step whose tokens were not taken yet, int32 ``[samples]``.
-
-        Raises:
-            EngineError: a rank died or hangs.
-        """
-        while self._taken not in self._tokens:
+    def _take(self, number: int) -> np.ndarray:
+        while number not in self._tokens:
             for _, message in self._hear(DEADLINE):
-                self._note(message)
-        self._taken += 1
-        return self._tokens.pop(self._taken - 1)
-
-    def abandon(self) -> None:
-        """Nobody will take the tokens of what is under way: later steps follow it through the stages all the same."""
-        self._taken = self._launched
-        self._tokens.clear()
-
-    def _note(self, message: Message) -> None:
-        number = message.fields["step"]
-        if "tokens" in message.fields and number >= self._taken:
-            self._tokens[number] = message.fields["tokens"]
+                if "tokens" in message.fields:
+                    self._tokens[message.fields["step"]] = message.fields["tokens"]
+        tokens = self._tokens[number]
+        self._tokens = {later: tokens for later, tokens in self._tokens.items() if later > number}
+        return tokens
 
     def _hear(self, patience: float) -> list[tuple[_Rank, Message]]:
         """What ranks say next.

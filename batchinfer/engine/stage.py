@@ -16,6 +16,8 @@ from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory
 
+Tokens = Callable[[], np.ndarray]  # waits for the tokens of a step, int32 [samples]
+
 _GIB = 2**30
 _USUAL_SEQ_LEN = {"cpu": 512, "cuda": 2**30}  # a host's memory is others' too: pages for sequences as they usually are
 
@@ -72,7 +74,6 @@ class Stage:
         page_bytes = attention.page_bytes(spec.num_layers)
         self.num_pages = agree(self._count_pages(plan, page_bytes, kv_cache_gib))
         self.caches = attention.allocate(spec.num_layers, self.num_pages)
-        self._tokens = np.empty(0, np.int32)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
         profile = plan.profile
@@ -91,16 +92,10 @@ class Stage:
             )
         return pages
 
-    def launch(self, step: StepBatch) -> None:
-        """Compute a step: keys and values into their pages, its tokens kept for ``take``."""
-        self._tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
-
-    def take(self) -> np.ndarray:
-        """The tokens sampled for the step launched last, int32 ``[samples]``."""
-        return self._tokens
-
-    def abandon(self) -> None:
-        """Nobody will take the tokens of what is under way."""
+    def launch(self, step: StepBatch) -> Tokens:
+        """Compute a step: keys and values into their pages, and sampled tokens to be asked for."""
+        tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
+        return lambda: tokens
 
     def close(self) -> None:
         """Nothing outlives the process; the memory goes with the object."""
