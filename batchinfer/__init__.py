@@ -1,7 +1,8 @@
 """batchinfer: embedded, offline batch inference for large language models.
 
-``run`` works through a job, ``build`` makes an engine folder, ``Engine`` generates from token ids or text with no
-Parquet at all. Everything is imported on first use, so that ``import batchinfer`` costs nothing.
+``run`` works through a job, ``retry`` answers some of its rows again, ``build`` makes an engine folder, ``Engine``
+generates from token ids or text with no Parquet at all. Everything is imported on first use, so that
+``import batchinfer`` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from batchinfer.errors import BatchInferError
     from batchinfer.job import Job
     from batchinfer.request import Completion, Request, SamplingParams
+    from batchinfer.retrier import retry
     from batchinfer.runner import run
 
 _HOMES = {
@@ -27,9 +29,21 @@ _HOMES = {
     "Request": "batchinfer.request",
     "SamplingParams": "batchinfer.request",
     "build": "batchinfer.engine.build",
+    "retry": "batchinfer.retrier",
     "run": "batchinfer.runner",
 }
-__all__ = ["BatchInferError", "Completion", "Engine", "Job", "Request", "SamplingParams", "build", "run", "__version__"]
+__all__ = [
+    "BatchInferError",
+    "Completion",
+    "Engine",
+    "Job",
+    "Request",
+    "SamplingParams",
+    "build",
+    "retry",
+    "run",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

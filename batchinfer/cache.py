@@ -52,3 +52,8 @@ def digest(value: Any) -> str:
     """A stable hex digest of anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back, for comparison with what was kept."""
+    return json.loads(json.dumps(value, default=list))

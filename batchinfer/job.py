@@ -265,6 +265,12 @@ class Job(Section):
         engine = {"device": self.engine.device, "dtype": self.engine.dtype, **self.engine.profile.model_dump()}
         return engine | self.build.model_dump()
 
+    def changed(self, overrides: Mapping[str, Any]) -> Job:
+        """This job with other values for some dotted keys. Raises: JobError as ``load``."""
+        tree, origin = self.model_dump(), {}
+        _merge(tree, _from_dotted(overrides), origin, "command line")
+        return self.from_dict(tree, origin)
+
     def semantic(self) -> dict[str, Any]:
         """The part of the job that decides what a row's completion is; the rest may change between runs.
 

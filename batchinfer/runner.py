@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
@@ -20,7 +21,7 @@ from batchinfer.data.manifest import publish
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.series import Series
-from batchinfer.data.sink import OutputSchema, Sink
+from batchinfer.data.sink import OutputSchema, Parts, Sink
 from batchinfer.data.source import Source
 from batchinfer.data.store import open_store
 from batchinfer.data.threads import Deadline, Halt, StopNow, StopSignals
@@ -96,12 +97,12 @@ def _run(
     Raises: JobDriftError if it is another job's, StopNow if nothing may be begun, else as ``run``.
     """
     source = Source.of(job, first)
-    columns = _Columns(job, source)
+    columns = _columns(job, source)
     with Ledger(job.output.path, shard=Shard.of(job.job.shard)) as ledger:
         if ledger.identity is not None:
             ledger.check_semantic(job.semantic(), tuple(job.semantic()))
             source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
-            columns = _Columns(job, source)
+            columns = _columns(job, source)
         if ledger.identity is not None and not ledger.pending() and ledger.identity["model"] == _model_at_a_glance(job):
             if ledger.complete:
                 publish(ledger)
@@ -111,7 +112,15 @@ def _run(
         backend = open_once()
         with Series(ledger) as series:
             opened = time.perf_counter() - begun
-            journal, stages = _work(job, source, columns, ledger, backend, series, halt, signals, progress)
+            renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
+            told = job.model_dump(mode="json", exclude={"job": {"shard"}})
+            ledger.begin(
+                source,
+                job.checkpoint.unit_rows,
+                semantic={**job.semantic(), "engine": backend.fingerprint},
+                operational={"model": _model_at_a_glance(job), "job": told},
+            )
+            journal, stages = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress)
             ledger.gather()
             summary = summarize(
                 ledger,
@@ -138,53 +147,58 @@ def _stopped_before_work(job: Job, halt: Halt) -> Summary:
     return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
 
 
-class _Columns:
-    """Which columns are read, rendered and written; wrong names end the run before it begins."""
+@dataclass(frozen=True)
+class Columns:
+    """What is read of the input, what comes back, and what parts are made of."""
 
-    def __init__(self, job: Job, source: Source) -> None:
-        self.results = ResultSchema(job.sampling.n)
-        self.output = OutputSchema(job.output, source.schema, self.results, job.input.id_column)
-        asked = check_columns(job.prompt, job.sampling, source.schema)
-        self.read = list(dict.fromkeys((*self.output.carried, *asked))) or source.schema.names[:1]
+    read: list[str]
+    results: ResultSchema
+    parts: Parts
 
 
-def _work(
+def _columns(job: Job, source: Source) -> Columns:
+    """Wrong names end the run before it begins."""
+    results = ResultSchema(job.sampling.n)
+    output = OutputSchema(job.output, source.schema, results, job.input.id_column)
+    asked = check_columns(job.prompt, job.sampling, source.schema)
+    read = list(dict.fromkeys((*output.carried, *asked))) or source.schema.names[:1]
+    return Columns(read, results, output)
+
+
+def work(
     job: Job,
     source: Source,
-    columns: _Columns,
+    columns: Columns,
     ledger: Ledger,
+    renderer: PromptRenderer,
     backend: Backend,
     series: Series,
     halt: Halt,
     signals: StopSignals,
     progress: bool | None,
 ) -> tuple[Journal, dict[str, float]]:
-    """Compute what is pending, or as much as ``halt`` allows. Returns what came in and where the time went."""
-    renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
-    ledger.begin(
-        source,
-        job.checkpoint.unit_rows,
-        semantic={**job.semantic(), "engine": backend.fingerprint},
-        operational={"model": _model_at_a_glance(job), "job": job.model_dump(mode="json", exclude={"job": {"shard"}})},
-    )
+    """Compute what is pending in a ledger, or as much as ``halt`` allows. Returns what came in and where time went."""
     seconds, count = ledger.store.sync_gap
     sync = (
         seconds if job.checkpoint.sync_seconds is None else job.checkpoint.sync_seconds,
         job.checkpoint.sync_rows or count,
     )
     footer = {"batchinfer.job": job.job.name, "batchinfer.model": job.model.name}
-    sink = Sink(ledger, columns.output, job.output.compression, footer, lambda unit: feed.committed(unit), halt)
-    pending = ledger.pending()
-    journal = Journal(ledger.store, ledger.epoch, columns.results, sync, sink.put, halt)
+    sink = Sink(ledger, columns.parts, job.output.compression, footer, lambda unit: feed.committed(unit), halt)
+    pending, retry = ledger.pending(), ledger.retry
+    journal = Journal(
+        ledger.store, ledger.epoch, columns.results, sync, sink.put, halt, retry=retry.number if retry else 0
+    )
     feed = Feed(source, pending, columns.read, renderer, job.sampling.seed, journal, halt)
     rows = sum(unit.rows for unit in ledger.share)
     before = rows - sum(unit.rows for unit in pending)
+    settled = sum(commit.rows for commit in ledger.commits.values())
 
     def done() -> int:
         return before + journal.recovered + journal.tally.rows
 
     told = Progress(rows, done, journal.tally, backend.load, job.report.log_seconds, progress)
-    series.begin(job, done, journal.tally, backend.load)
+    series.begin(job, (lambda: settled) if retry else done, journal.tally, backend.load)
     started = generated = time.perf_counter()
     try:
         with sink, journal, feed, told:

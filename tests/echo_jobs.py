@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.cache import cache_root, make_folder
+from batchinfer.data import commits
 from batchinfer.data.report import Summary
+from batchinfer.data.store import LocalStore
 from batchinfer.job import Job
 from batchinfer.runner import run
 
@@ -69,10 +71,11 @@ def read_output(folder: Path) -> pa.Table:
     import polars as pl
 
     root = folder / "out"
-    records = [json.loads(p.read_bytes()) for p in sorted(Path(f"{root}.batchinfer", "commits").glob("*.json"))]
-    tables = [pq.ParquetFile(root / record["part"]).read() for record in records]
+    store = LocalStore(f"{root}.batchinfer")
+    found = commits.read(store, commits.names(store)).values()
+    tables = [pq.ParquetFile(root / commit.part).read() for commit in found]
     seen = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    assert seen == sorted(record["part"] for record in records)
-    if records:
+    assert seen == sorted(commit.part for commit in found)
+    if found:
         assert pl.scan_parquet(root).select(pl.len()).collect().item() == sum(t.num_rows for t in tables)
     return pa.concat_tables([t.replace_schema_metadata(None) for t in tables]) if tables else pa.table({})

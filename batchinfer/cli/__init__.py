@@ -11,6 +11,7 @@ from batchinfer.cli.bench import bench
 from batchinfer.cli.openai import export_openai, import_openai
 from batchinfer.cli.outputs import report, status, vacuum, verify
 from batchinfer.cli.prepare import build, init, plan, validate
+from batchinfer.cli.retry import retry
 from batchinfer.cli.run import run
 from batchinfer.cli.shared import say
 from batchinfer.errors import BatchInferError, ExitCode
@@ -49,6 +50,20 @@ def main() -> None:
     """
 
 
-COMMANDS = (run, init, validate, plan, build, status, report, verify, vacuum, export_openai, import_openai, bench)
+COMMANDS = (
+    run,
+    retry,
+    init,
+    validate,
+    plan,
+    build,
+    status,
+    report,
+    verify,
+    vacuum,
+    export_openai,
+    import_openai,
+    bench,
+)
 for command in COMMANDS:
     main.add_command(command)

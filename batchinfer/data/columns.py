@@ -28,18 +28,18 @@ class Unreadable:
         raise self.error
 
 
-def find_column(schema: pa.Schema, name: str, wanted_by: str) -> pa.DataType:
+def find_column(schema: pa.Schema, name: str, wanted_by: str, of: str = "the input") -> pa.DataType:
     """The type of the column's values. Raises InputError that names the nearest column and those there are."""
     at = schema.get_all_field_indices(name)
     if len(at) == 1:
         kind = schema.field(at[0]).type
         return kind.value_type if pat.is_dictionary(kind) else kind
     if at:
-        raise InputError(f"{wanted_by} needs column {name!r}, and the input has {len(at)} columns of that name")
+        raise InputError(f"{wanted_by} needs column {name!r}, and {of} has {len(at)} columns of that name")
     close = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     shown = ", ".join(schema.names[:30]) + (", …" if len(schema.names) > 30 else "")
-    raise InputError(f"{wanted_by} needs column {name!r}, which the input lacks; {hint}It has: {shown or 'no column'}")
+    raise InputError(f"{wanted_by} needs column {name!r}, which {of} lacks; {hint}It has: {shown or 'no column'}")
 
 
 def is_text(kind: pa.DataType) -> bool:

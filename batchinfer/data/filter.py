@@ -1,4 +1,4 @@
-"""RowFilter: ``input.filter``, SQL over the columns of a row. The one place of the data plane that needs polars."""
+"""RowFilter: a condition in SQL over the columns of a row. The one place of the data plane that needs polars."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ _BEYOND_THE_ROW = re.compile(r'"(Agg|Over|Window|Rolling|Len|Range|Explode|Rank|
 class RowFilter:
     """A condition as in ``WHERE``: a row for which it is null is not taken. A cell of broken UTF-8 counts as null.
 
-    polars parses and evaluates it, since Arrow has no SQL. It is asked while units are planned, and the plan keeps what
-    it said: rows on their way to the engine never pass through polars, and a resumed run does not ask it again.
+    polars parses and evaluates it, since Arrow has no SQL. It is asked while units are planned or a retry chooses its
+    rows, and the plan keeps what it said: rows on their way to the engine never pass through polars, and a resumed run
+    does not ask it again.
 
     Args:
         schema: all columns that it may use.
+        key: what the condition is called where it was given.
+        of: whose columns they are.
 
     Raises:
         JobError: it is not SQL that polars knows, or not a condition on one row.
         InputError: it names a column that the input lacks.
     """
 
-    def __init__(self, sql: str, schema: pa.Schema) -> None:
+    def __init__(self, sql: str, schema: pa.Schema, key: str = "input.filter", of: str = "the input") -> None:
         import polars as pl
 
-        self._sql = sql
+        self._sql, self._key = sql, key
         try:
             self._condition = pl.sql_expr(sql)
             told = self._condition.meta.serialize(format="json")
@@ -45,7 +48,7 @@ class RowFilter:
             raise self._refused(f"must look at one row alone, and it looks at several ({found[1]})")
         self.columns = tuple(dict.fromkeys(self._condition.meta.root_names()))
         for name in self.columns:
-            find_column(schema, name, "input.filter")
+            find_column(schema, name, key, of)
         if not self.columns:
             raise self._refused("names no column, so it says the same of each row")
         try:
@@ -62,7 +65,7 @@ class RowFilter:
         try:
             answer = self._answer(pa.table({name: _sound(name, rows.column(name)) for name in self.columns}))
         except (Exception, pl.exceptions.PanicException) as error:
-            raise InputError(f"input.filter fails on rows of {where}: {_short(error)}") from None
+            raise InputError(f"{self._key} fails on rows of {where}: {_short(error)}") from None
         return answer.cast(pl.Boolean).fill_null(False).to_numpy()
 
     def _answer(self, rows: pa.Table) -> pl.Series:
@@ -72,7 +75,7 @@ class RowFilter:
 
     def _refused(self, why: str) -> JobError:
         example = "lang = 'en' AND length(text) > 20"
-        return JobError(f"input.filter {_short(why)}. Found {self._sql!r}; expected for example {example!r}")
+        return JobError(f"{self._key} {_short(why)}. Found {self._sql!r}; expected for example {example!r}")
 
 
 def _sound(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -131,6 +131,9 @@ class Journal(Worker):
     than ``sync_rows`` wait, except that syncs keep ``LEAST_GAP`` apart. Rows that complete their unit skip the log, as
     the unit's part is written at once.
 
+    Args:
+        retry: the number of the retry that the rows are for; 0: the run.
+
     Raises (through ``halt``): EngineError if a row comes back twice or was never asked for.
     """
 
@@ -142,11 +145,13 @@ class Journal(Worker):
         sync: tuple[float, int],
         deliver: Callable[[FinishedUnit], bool],
         halt: Halt,
+        retry: int = 0,
     ) -> None:
         super().__init__("journal", halt)
         self.tally = Tally()  # of this run
         self.recovered = 0  # rows found in logs, so far
         self._store, self._epoch, self._results, self._deliver = store, epoch, results, deliver
+        self._retry = retry
         self._sync_seconds, self._sync_rows = (sync[0], sync[1]) if sync[0] > 0 else (1.0, 1)
         self._units: dict[int, OpenUnit] = {}
         self._finished: deque[Completion] = deque()
@@ -219,7 +224,7 @@ class Journal(Worker):
                 self._log(opened, batch)
 
     def _log(self, opened: OpenUnit, batch: pa.RecordBatch) -> None:
-        name = f"wal/{opened.unit.index:06d}.{self._epoch}.arrows"
+        name = f"wal/{_log_name(opened.unit.index, self._epoch, self._retry)}"
         frame = _frame(batch.serialize())
         if name in opened.logs:
             self._store.append(name, frame)
@@ -241,7 +246,9 @@ class Journal(Worker):
         """What each unit's logs are called."""
         logs: dict[int, list[str]] = defaultdict(list)
         for name in self._store.list("wal", ".arrows"):
-            logs[int(name.split(".")[0])].append(f"wal/{name}")
+            unit, retry = log_of(name)
+            if retry == self._retry:
+                logs[unit].append(f"wal/{name}")
         return logs
 
     def _recover(self, logs: list[str]) -> tuple[list[pa.RecordBatch], set[int]]:
@@ -253,6 +260,16 @@ class Journal(Worker):
                 rows.update(batch["row"].to_pylist())
                 batches.append(batch)
         return batches, rows
+
+
+def _log_name(unit: int, epoch: int, retry: int) -> str:
+    return f"{unit:06d}.{epoch}.{retry}.arrows" if retry else f"{unit:06d}.{epoch}.arrows"
+
+
+def log_of(name: str) -> tuple[int, int]:
+    """The unit whose rows a file under wal/ holds, and the retry that they are for; 0: the run."""
+    unit, _, *retry = name.split(".")[:-1]
+    return int(unit), int(retry[0]) if retry else 0
 
 
 def read_log(data: bytes, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

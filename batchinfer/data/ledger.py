@@ -6,7 +6,8 @@
     plan-000.parquet        the frozen units and the files they come from (plan.py)
     wal/                    finished rows of unfinished units (journal.py)
     staged/                 written parts that are not committed yet
-    commits/<unit>.json     put if absent: the moment at which a unit's rows exist
+    commits/<unit>.json     put if absent: the moment at which a unit's rows exist (commits.py)
+    retries/001.parquet     rows that are to be answered again, and how (retries.py)
     manifest.json _SUCCESS  only while the output is complete (manifest.py)
     summary.json            the last run, for people and for tools; shards/0-of-4.json … those of shards (report.py)
     runs/<epoch>.jsonl      how each run went, a line every few seconds (series.py)
@@ -15,7 +16,9 @@
 A unit is committed in this order: its part is written under ``staged/`` and fsynced; the commit record is put if
 absent; the part is moved into OUT; the unit's log is dropped. So a reader of OUT sees committed rows alone, each once,
 even when two runs race (the loser's part never leaves ``staged/``) or the process dies in between (opening the ledger
-finishes the move). Nothing but parts ever lies in OUT, as ``polars.scan_parquet(OUT)`` refuses any other file.
+finishes the move). Rows that are superseded go the same way: the new part has the name of the old one, so that the move
+replaces it, and at each moment a reader sees one or the other. Nothing but parts ever lies in OUT, as
+``polars.scan_parquet(OUT)`` refuses any other file.
 
 Shards of one job write to one output at the same time, each its own share of the units, also from several hosts. The
 first to come writes plan and job.json, the others read them. A shard clears only what an earlier run of it left.
@@ -28,43 +31,28 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.cache import digest
-from batchinfer.data import manifest, plan
+from batchinfer.cache import digest, plain
+from batchinfer.data import commits, manifest, plan, retries
+from batchinfer.data.commits import Commit
+from batchinfer.data.journal import log_of
 from batchinfer.data.lock import holder, is_running, lives
+from batchinfer.data.retries import Retry
 from batchinfer.data.shards import Turn
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.store import Store, open_store
+from batchinfer.data.units import pick
 from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError
 from batchinfer.shard import Shard
 
 PATIENCE = 10.0  # seconds that a shard waits for another to have begun the output
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A finished unit: where its rows lie and what they are. Nothing of it ever changes."""
-
-    unit: int
-    part: str  # relative to OUT
-    rows: int
-    bytes: int
-    sha256: str
-    file: str
-    first_row: int
-    failed: int
-    finish_reasons: dict[str, int]
-    prompt_tokens: int
-    completion_tokens: int
-    fingerprint: str
-    epoch: int
-    time: float = field(default_factory=time.time)
+FORK = "Undo the change, choose another output.path, or begin beside it with --fork"
 
 
 class Ledger:
@@ -99,7 +87,9 @@ class Ledger:
         self.store = store(f"{self.output}.batchinfer")
         self.epoch = 0
         self.units: list[Unit] = []
-        self.commits: dict[int, Commit] = {}
+        self.commits: dict[int, Commit] = {}  # the version that counts
+        self.retries: list[Retry] = []
+        self._picked: list[Unit] | None = None  # rows of the retry that is under way
         self._planned: plan.Files = {}
         self._plans: list[int] = []  # units of each
         self._appended: bytes | None = None  # a further plan, to be written when the run begins
@@ -133,7 +123,7 @@ class Ledger:
         Raises:
             JobDriftError: ``semantic`` differs from what the output was begun with.
         """
-        semantic = json.loads(json.dumps(semantic, default=list))
+        semantic = plain(semantic)
         if self.identity is not None:
             self.check_semantic(semantic)
         else:
@@ -154,6 +144,24 @@ class Ledger:
         if self.shard is None:
             self.identity = {**self.identity, **operational}
             self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
+        self._take_epoch()
+
+    def begin_retry(self, retry: Retry, source: Source) -> None:
+        """Have the rows of a retry answered again: of a new one, which is kept for good, or of the last one."""
+        assert self.identity is not None
+        manifest.withdraw(self.store)
+        if retry.number > len(self.retries):
+            self.store.make_folder(retries.FOLDER)
+            if not self.store.put_if_absent(retry.name, retry.encode()):
+                raise LockedError(f"another run has just begun a retry of {self.output}; run again")
+            self.retries.append(retry)
+        self.identity = {**self.identity, "retries": [each.told() for each in self.retries]}
+        self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
+        self._take_epoch()
+        units = ((self.units[index], rows) for index, rows in retry.rows.items())
+        self._picked = [pick(unit, rows, source.files[unit.file]) for unit, rows in units]
+
+    def _take_epoch(self) -> None:
         for folder in ("leases", "wal", "staged", "commits"):
             self.store.make_folder(folder)
         for folder in (".", ".."):  # OUT and its control folder, and what is in that, survive a power cut
@@ -163,18 +171,17 @@ class Ledger:
         while not self.store.put_if_absent(f"leases/{self.epoch:06d}.json", lease):
             self.epoch += 1
 
-    def check_semantic(self, semantic: dict[str, Any], sections: tuple[str, ...] = ()) -> None:
+    def check_semantic(self, semantic: dict[str, Any], sections: tuple[str, ...] = (), way_on: str = FORK) -> None:
         """Raises: JobDriftError with a readable difference. ``sections``: compare these top-level keys alone."""
         assert self.identity is not None
-        before, now = self.identity["semantic"], json.loads(json.dumps(semantic, default=list))
+        before, now = self.identity["semantic"], plain(semantic)
         if sections:
             before, now = ({k: tree.get(k) for k in sections} for tree in (before, now))
         if changes := list(_differences(before, now)):
             raise JobDriftError(
                 f"the job differs from the one that {self.output} was begun with:\n  "
                 + "\n  ".join(changes)
-                + "\nrows of two jobs would be mixed. Undo the change, choose another output.path, or begin beside it "
-                "with --fork"
+                + f"\nrows of two jobs would be mixed. {way_on}"
             )
 
     def check_input(self, source: Source, on_change: str = "error", unit_rows: int = 1024) -> Source:
@@ -214,8 +221,15 @@ class Ledger:
         return self.identity is not None and len(self.commits) == len(self.units)
 
     @property
+    def retry(self) -> Retry | None:
+        """The one under way."""
+        return None if self._picked is None else self.retries[-1]
+
+    @property
     def share(self) -> list[Unit]:
-        """The units that are this run's to see to: all, or those of its shard."""
+        """The units that are this run's to see to: all, those of its shard, or the rows of a retry."""
+        if self._picked is not None:
+            return self._picked
         return self.units if self.shard is None else self.share_of(self.shard)
 
     def share_of(self, shard: Shard) -> list[Unit]:
@@ -224,7 +238,10 @@ class Ledger:
         return [unit for end, size in zip(ends, self._plans) for unit in shard.deal(self.units[end - size : end])]
 
     def pending(self) -> list[Unit]:
-        """Those of its share that are not committed."""
+        """Those of its share that it has not committed yet."""
+        if self.retry is not None:
+            left = set(self.retry.pending(self.commits))
+            return [unit for unit in self.share if unit.index in left]
         return [unit for unit in self.share if unit.index not in self.commits]
 
     def gather(self) -> None:
@@ -233,28 +250,32 @@ class Ledger:
             self._load()
 
     def part_name(self, unit: Unit) -> str:
-        """Where a unit's rows go in OUT: beside the input's own partition folders."""
+        """Where a unit's rows go in OUT: beside the input's own partition folders, or where its old ones are."""
+        if unit.index in self.commits:
+            return self.commits[unit.index].part
         folder = unit.file.rpartition("/")[0]
         return f"{folder}/part-{unit.index:06d}-{self.epoch}.parquet".lstrip("/")
 
     def stage(self, unit: Unit, part: bytes) -> None:
         """Write a part where no reader looks."""
-        self.store.write(self._staged(unit.index, self.epoch), part)
+        self.store.write(commits.staged(unit.index, self.epoch), part)
 
-    def commit(self, commits: list[Commit]) -> None:
-        """Make staged units exist. A unit that another run committed first is dropped here, its part thrown away."""
+    def commit(self, made: list[Commit]) -> None:
+        """Make staged units exist. A unit that another run committed first is dropped here, its part thrown away.
+
+        Raises: LockedError if what was to be superseded has been by another run.
+        """
         self._lock.check()
         self.store.sync("staged")
-        for commit in commits:
-            name = self._staged(commit.unit, commit.epoch)
-            record = json.dumps(asdict(commit), separators=(",", ":")).encode()
-            record_name = f"commits/{commit.unit:06d}.json"
-            if self.store.put_if_absent(record_name, record):
+        for commit in made:
+            if self.store.put_if_absent(commit.name, commit.encode()):
                 self._publish(commit)
                 self.commits[commit.unit] = commit
-            else:
-                self.store.remove([name])
-                self.commits[commit.unit] = self._parse_commit(record_name, self.store.read(record_name))
+                continue
+            self.store.remove([commit.staged])
+            if commit.version:
+                raise LockedError(f"another run has just superseded rows of {self.parts.path(commit.part)}; run again")
+            self.commits[commit.unit] = commits.parse(self.store, commit.name, self.store.read(commit.name))
 
     def verify(self) -> int:
         """Re-read every committed part: checksum and row count; the manifest too. Returns the rows verified.
@@ -305,7 +326,7 @@ class Ledger:
         self._load()
 
     def _load(self) -> None:
-        committed = self.store.list("commits", ".json")  # before the plans, which then have all of their units
+        committed = commits.names(self.store)  # before the plans, which then have all of their units
         try:
             self.identity = json.loads(self.store.read("job.json"))
             self.units, self._planned, self._plans = plan.read(self.store)
@@ -316,10 +337,8 @@ class Ledger:
             return
         except ValueError as error:
             raise IntegrityError(f"{self.store.path('job.json')} is damaged: {error}") from None
-        records = [f"commits/{name}" for name in committed]
-        for name, record in zip(records, self.store.read_all(records)):
-            commit = self._parse_commit(name, record)
-            self.commits[commit.unit] = commit
+        self.commits = commits.read(self.store, committed)
+        self.retries = retries.read_all(self.store)
         if stray := self.commits.keys() - range(len(self.units)):
             raise IntegrityError(f"{self.store.root} lacks a plan: unit {min(stray)} is committed and in none")
         self._check_published()
@@ -333,23 +352,16 @@ class Ledger:
             raise LockedError(f"another run has just appended input files to {self.output}; run again")
         self._appended = None
 
-    def _parse_commit(self, name: str, record: bytes) -> Commit:
-        try:
-            return Commit(**json.loads(record))
-        except (ValueError, TypeError) as error:
-            raise IntegrityError(f"commit record {self.store.path(name)} is damaged: {error}") from None
-
     def _check_published(self) -> None:
         """Compare the parts with the commits, and finish moves that a run which died had begun."""
-        there = self.parts.walk()
+        there, staged = self.parts.walk(), {f"staged/{name}" for name in self.store.list("staged")}
         for commit in self.commits.values():
+            if commit.staged in staged and self.store.size(commit.staged) == commit.bytes:
+                self._publish(commit)
+                continue
             size = there.get(commit.part)
-            if size is None:
-                size = self.store.size(self._staged(commit.unit, commit.epoch))
-                if size == commit.bytes:
-                    self._publish(commit)
-                elif size is None:
-                    size = self.parts.size(commit.part)  # another run may have moved it meanwhile
+            if size != commit.bytes:
+                size = self.parts.size(commit.part)  # another run may have moved it meanwhile
             if size != commit.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise IntegrityError(
@@ -358,10 +370,11 @@ class Ledger:
                 )
 
     def _publish(self, commit: Commit) -> None:
+        """Move a part into OUT, in the place of the version before."""
         try:
-            self.store.move(self._staged(commit.unit, commit.epoch), self.parts, commit.part)
+            self.store.move(commit.staged, self.parts, commit.part)
         except OutputError:
-            if self.parts.size(commit.part) is None:  # else another run published it for us
+            if self.store.size(commit.staged) is not None:  # else another run published it for us
                 raise
 
     def left_behind(self) -> Iterator[str]:
@@ -377,8 +390,11 @@ class Ledger:
         for folder in (".", "commits", "leases") if self.shard is None else ():
             temporary = self.store.list(folder, ".tmp")
             yield from (f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
-        logs = self.store.list("wal", ".arrows")
-        yield from (f"wal/{name}" for name in logs if int(name.split(".")[0]) in self.commits)
+        for name in self.store.list("wal", ".arrows"):
+            unit, retry = log_of(name)
+            written = self.commits[unit].retry if unit in self.commits else -1
+            if retry <= written or 0 < retry < len(self.retries):  # an older retry is not taken up again
+                yield f"wal/{name}"
 
     def _has_lost(self, name: str) -> bool:
         """Whether the unit of a staged part was committed by a later run, so that this part never will be."""
@@ -388,10 +404,6 @@ class Ledger:
 
     def _clear(self) -> None:
         self.store.remove(self.left_behind())
-
-    @staticmethod
-    def _staged(unit: int, epoch: int) -> str:
-        return f"staged/{unit:06d}.{epoch}"
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

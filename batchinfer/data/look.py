@@ -11,6 +11,7 @@ from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import summarize
+from batchinfer.data.retries import outcome
 from batchinfer.data.shards import WHOLE, running
 from batchinfer.data.sink import OutputSchema
 from batchinfer.data.source import Source
@@ -125,7 +126,9 @@ class Standing:
     def as_dict(self) -> dict[str, Any]:
         whole = summarize(self.ledger, max_failed_fraction=1.0)
         shards = {"shards": [asdict(shard) for shard in self.shards]} if self.shards else {}
-        return {"output": str(whole.output)} | whole.standing() | {"state": self.state} | shards
+        retries = [outcome(self.ledger, retry) for retry in self.ledger.retries]
+        more = shards | ({"retries": retries} if retries else {})
+        return {"output": str(whole.output)} | whole.standing() | {"state": self.state} | more
 
     def __str__(self) -> str:
         rows, job = self.ledger.rows, summarize(self.ledger, max_failed_fraction=1.0).job
@@ -133,9 +136,18 @@ class Standing:
         hint = ", run it again to go on" if self.state == "unfinished" else ""
         line = (
             f"{self.state}{hint} · {job.rows:,}{share} rows committed{job.losses} · "
-            f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out · {self.ledger.output}"
+            f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out{self._retried()} · {self.ledger.output}"
         )
         return "\n".join([line, *(f"  {shard}" for shard in self.shards)])
+
+    def _retried(self) -> str:
+        """The last retry, and whether it is to be taken up again."""
+        if not self.ledger.retries:
+            return ""
+        last = outcome(self.ledger, self.ledger.retries[-1])
+        told = f" · retry {last['retry']}: {last['superseded']:,} of {last['rows']:,} rows superseded"
+        left = last["rows"] - last["superseded"] - last["kept"]
+        return told + (f", {left:,} left, retry it again to go on" if left and not self.running else "")
 
 
 def standing(output: str | os.PathLike[str]) -> Standing:

@@ -77,6 +77,7 @@ def describe(ledger: Ledger) -> dict[str, Any]:
         "schema": _schema(ledger),
         **{name: sum(getattr(commit, name) for commit in commits) for name in totals},
         "finish_reasons": dict(sorted(reasons.items())),
+        **({"retries": [retry.told() for retry in ledger.retries]} if ledger.retries else {}),
         "parts": [
             {
                 "part": commit.part,
@@ -85,6 +86,7 @@ def describe(ledger: Ledger) -> dict[str, Any]:
                 "sha256": commit.sha256,
                 "unit": unit.index,
                 "source": {"file": unit.file, "first_row": unit.first_row, "end_row": unit.end_row},
+                **({"retry": commit.retry} if commit.retry else {}),
             }
             for unit, commit in zip(ledger.units, commits)
         ],

@@ -181,6 +181,7 @@ def _ended(run: RunSeries) -> str:
 def _settings(found: Survey) -> str:
     told = {
         "fingerprint": found.identity["fingerprint"],
+        **{f"retry {each['retry']}": _of_retry(each) for each in found.identity.get("retries", [])},
         **_flat(found.identity["semantic"].get("engine", {}), "engine."),
         **_flat(found.identity["job"]),
     }
@@ -189,6 +190,11 @@ def _settings(found: Survey) -> str:
         '<details class="card"><summary>Settings and fingerprint</summary>'
         f'<div class="settings mono">{cells}</div></details>'
     )
+
+
+def _of_retry(told: dict[str, Any]) -> str:
+    changed = ", ".join(f"{key} = {value}" for key, value in told["set"].items())
+    return f"rows where {told['where']}" + (f", with {changed}" if changed else "")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.data import commits
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.source import Unit
@@ -49,6 +51,7 @@ class Summary:
     reason: str = ""  # why it stopped early
     shard: str = ""  # "0/4", if it is one's
     whole: Summary | None = None
+    retry: dict[str, Any] | None = None  # of a retry: what it was, and what became of the rows it chose
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
@@ -73,6 +76,7 @@ class Summary:
             "stages": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "peak_rss_bytes": self.peak_rss,
             "load": asdict(self.load) if self.load else None,
+            **({"retry": self.retry} if self.retry else {}),
         }
 
     def standing(self) -> dict[str, Any]:
@@ -80,6 +84,8 @@ class Summary:
         return {"state": self.state, "total_rows": self.rows, "job": _counts(self.job)}
 
     def __str__(self) -> str:
+        if self.retry:
+            return f"{_of_retry(self.retry)} · {dataclasses.replace(self, retry=None)}"
         done = f"{self.job.rows:,}" if self.state == "complete" else f"{self.job.rows + self.logged:,} of {self.rows:,}"
         parts = [f"{f'shard {self.shard}: ' * bool(self.shard)}{done} rows{self.job.losses}"]
         counts = self.job if self.state == "complete" else self.run
@@ -95,6 +101,13 @@ class Summary:
         if self.whole:
             parts.append(f"{self.whole.job.rows:,} of the job's {self.whole.rows:,} rows are in")
         return " · ".join([*parts, str(self.output)])
+
+
+def _of_retry(told: dict[str, Any]) -> str:
+    if not told["rows"]:
+        return f"no row to retry, none has {told['where']}"
+    kept = f", {told['kept']:,} failed and kept what they had" if told["kept"] else ""
+    return f"retry {told['retry']}: {told['superseded']:,} of {told['rows']:,} rows superseded{kept}"
 
 
 def _counts(tally: Tally) -> dict[str, Any]:
@@ -174,10 +187,10 @@ def first_rows(output: str | os.PathLike[str], count: int) -> pa.Table:
     """The first committed rows of an output, in the input's order, with the columns of its parts."""
     ledger = Ledger(output)
     tables: list[pa.Table] = []
-    for record in ledger.store.list("commits", ".json"):
+    for name in commits.names(ledger.store):
         if count <= 0:
             break
-        with pq.ParquetFile(ledger.parts.open(json.loads(ledger.store.read(f"commits/{record}"))["part"])) as part:
+        with pq.ParquetFile(ledger.parts.open(commits.parse(ledger.store, name, ledger.store.read(name)).part)) as part:
             table = pa.Table.from_batches(part.iter_batches(max(count, 1)), part.schema_arrow).slice(0, count)
         tables.append(table.replace_schema_metadata(None))
         count -= table.num_rows

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import queue
 from collections.abc import Callable
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.data.columns import find_column
+from batchinfer.data.commits import Commit
 from batchinfer.data.journal import FinishedUnit, ResultSchema, Tally
-from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.partitions import is_partition
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import JobError
@@ -50,13 +52,22 @@ class OutputSchema:
                 f'"{_free_prefix(self.results, self.carried)}") or name the input columns to keep in output.columns'
             )
 
-    def table(self, finished: FinishedUnit, metadata: dict[str, str]) -> pa.Table:
+    def part(self, finished: FinishedUnit, metadata: dict[str, str]) -> tuple[pa.Table, dict[str, int]]:
+        """The part of a unit, and what its commit says beside what follows from that."""
         table = finished.carried.select(self.carried)
         for name, column in zip(self.results, finished.results.columns):
             table = table.append_column(name, column)
         if any(pa.types.is_dictionary(kind) for kind in table.schema.types):
             table = table.unify_dictionaries()
-        return table.combine_chunks().replace_schema_metadata(metadata)
+        return table.combine_chunks().replace_schema_metadata(metadata), {}
+
+
+class Parts(Protocol):
+    """What parts are made by: OutputSchema in a run, Superseding in a retry."""
+
+    results: list[str]
+
+    def part(self, finished: FinishedUnit, metadata: dict[str, str]) -> tuple[pa.Table, dict[str, int]]: ...
 
 
 class Sink(Worker):
@@ -72,14 +83,14 @@ class Sink(Worker):
     def __init__(
         self,
         ledger: Ledger,
-        schema: OutputSchema,
+        parts: Parts,
         compression: str,
         metadata: dict[str, str],
         committed: Callable[[FinishedUnit], None],
         halt: Halt,
     ) -> None:
         super().__init__("sink", halt)
-        self._ledger, self._schema, self._compression, self._committed = ledger, schema, compression, committed
+        self._ledger, self._parts, self._compression, self._committed = ledger, parts, compression, committed
         self._metadata = {**metadata, "batchinfer.fingerprint": ledger.fingerprint}
         self._ready: queue.SimpleQueue[FinishedUnit | None] = queue.SimpleQueue()
 
@@ -117,15 +128,15 @@ class Sink(Worker):
             self._committed(finished)
 
     def _stage(self, finished: FinishedUnit) -> Commit:
-        unit, ledger = finished.unit, self._ledger
+        ledger, unit = self._ledger, self._ledger.units[finished.unit.index]
         with self.timed("sink.encode"):
-            table = self._schema.table(finished, {**self._metadata, "batchinfer.unit": str(unit.index)})
+            table, more = self._parts.part(finished, {**self._metadata, "batchinfer.unit": str(unit.index)})
             stream = pa.BufferOutputStream()
             pq.write_table(table, stream, compression=self._compression)
             part = stream.getvalue()
         with self.timed("sink.write"):
             ledger.stage(unit, part)
-        tally = Tally().add(finished.results)
+        tally = Tally().add(table.select(self._parts.results).rename_columns(finished.results.column_names))
         return Commit(
             unit=unit.index,
             part=ledger.part_name(unit),
@@ -140,6 +151,7 @@ class Sink(Worker):
             completion_tokens=tally.completion_tokens,
             fingerprint=ledger.fingerprint,
             epoch=ledger.epoch,
+            **more,
         )
 
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.data.columns import RowError, to_values
+from batchinfer.data.commits import Commit
 from batchinfer.data.estimate import PREDICTION
 from batchinfer.data.journal import Tally
-from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import standing
 from batchinfer.data.prompt import prompt_columns
 from batchinfer.data.report import SUMMARY, summarize

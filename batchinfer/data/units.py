@@ -60,6 +60,12 @@ def empty(file: InputFile, index: int) -> Unit:
     return Unit(index, file.name, 0, 0, (0, 0))
 
 
+def pick(unit: Unit, rows: np.ndarray, file: InputFile) -> Unit:
+    """Some rows of a unit, ascending, as a unit of the same index."""
+    [picked] = cut_up(file, np.asarray(unit.row_numbers(rows)), len(rows), unit.index)
+    return picked
+
+
 def runs(units: Iterable[Unit]) -> Iterator[list[Unit]]:
     """Group units of a file whose row groups touch or follow each other, so that one pass can read them."""
     run: list[Unit] = []

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.commits import Commit
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.lock import lives
 from batchinfer.data.look import look
 
@@ -71,7 +72,7 @@ class _Resting(Ledger):
         self._due: set[str] = set()  # staged parts that the next run will move into OUT
 
     def _publish(self, commit: Commit) -> None:
-        self._due.add(self._staged(commit.unit, commit.epoch))
+        self._due.add(commit.staged)
 
     def _clear(self) -> None:
         """For ``left_behind``."""

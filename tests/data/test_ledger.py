@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.data.ledger import Commit, Ledger
+from batchinfer.data.commits import Commit
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.source import Source
 from batchinfer.errors import DriftError, ExitCode, IntegrityError, LockedError, OutputError
 from tests.echo_jobs import read_output, texts, write

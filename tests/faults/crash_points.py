@@ -1,9 +1,10 @@
 """Runs a small job again and again, each time killed at the next operation on the disk, and then to its end.
 
-``python -m tests.faults.crash_points FOLDER [append|shard]``: one folder a crash point, FOLDER/<n>/, which the caller
-looks at. With ``append`` the run that is killed is one that takes up a second input file after a first run was
-complete; with ``shard`` it is one of two shards, and the other one works before it is run again. It forks, so it must
-be a process of its own, in which nothing has run yet. Prints the number of crash points.
+``python -m tests.faults.crash_points FOLDER [append|shard|retry]``: one folder a crash point, FOLDER/<n>/, which the
+caller looks at. With ``append`` the run that is killed is one that takes up a second input file after a first run was
+complete; with ``shard`` it is one of two shards, and the other one works before it is run again; with ``retry`` it is a
+retry of half of the rows. After each kill what a reader sees is checked: no row twice, each part whole and all of one
+time. It forks, so it must be a process of its own, in which nothing has run yet. Prints the number of crash points.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+from batchinfer import retrier
 from batchinfer.backends.echo import EchoBackend
+from batchinfer.job import Job
 from tests.echo_jobs import echo_job, run_echo, texts, tokenizer_dir, write
 
 OPERATIONS = ("write", "fsync", "link", "replace", "unlink")
 UNITS, UNIT_ROWS = 3, 8
+OLD, NEW = 3, 5  # tokens of a completion before and after a retry
 
 
 class Pausing(EchoBackend):
@@ -55,33 +62,66 @@ def die_at(point: int) -> None:
         armed(name)
 
 
-def run_in_child(folder: Path, point: int | None, shard: str | None = None) -> int:
+def in_child(act: Callable[[Path], int], folder: Path, point: int | None = None) -> int:
+    """The status of a child that does something and ends, or dies on the way."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
     try:
         if point is not None:
             die_at(point)
-        how = {"checkpoint__unit_rows": UNIT_ROWS, "checkpoint__sync_rows": 2, "input__on_change": "append"}
-        if shard is not None:
-            how["job__shard"] = shard
-        os._exit(run_echo(echo_job(folder, folder / "in", **how), Pausing).exit_code)
+        os._exit(act(folder))
     finally:
         os._exit(1)
 
 
+def job(folder: Path, **how: str) -> Job:
+    how |= {"checkpoint__unit_rows": UNIT_ROWS, "checkpoint__sync_rows": 2, "input__on_change": "append"}
+    return echo_job(folder, folder / "in", sampling__max_tokens=OLD, **how)
+
+
+def run(folder: Path, **how: str) -> int:
+    return run_echo(job(folder, **how), Pausing).exit_code
+
+
+def retry(folder: Path) -> int:
+    with mock.patch("batchinfer.retrier.open_backend", lambda job, progress: Pausing(tokenizer_dir())):
+        settings = {"sampling.max_tokens": NEW}
+        return retrier.retry(job(folder), "id % 2 = 0", settings, progress=False).exit_code
+
+
+def look(folder: Path) -> int:
+    """0 if what a reader sees is sound: no row twice, every part whole, and all of it of one time."""
+    import pyarrow.parquet as pq
+
+    parts = [pq.read_table(path, partitioning=None) for path in sorted((folder / "out").rglob("*.parquet"))]
+    ids = [row for part in parts for row in part["id"].to_pylist()]
+    of_one_time = all(len({*part["completion_tokens"].to_pylist()[::2]}) == 1 for part in parts)
+    most = 1 + (folder / "in" / "a.parquet").exists()
+    return not (of_one_time and all(ids.count(row) <= most for row in ids))
+
+
+ACTS = {  # case → what is killed, and what goes on afterwards
+    "": (run, [run]),
+    "append": (run, [run]),
+    "shard": (partial(run, job__shard="0/2"), [partial(run, job__shard=shard) for shard in ("1/2", "0/2")]),
+    "retry": (retry, [retry]),
+}
+
+
 def main() -> None:
-    root, point, status, append = Path(sys.argv[1]), 0, signal.SIGKILL, "append" in sys.argv
+    root, case, point, status = Path(sys.argv[1]), "".join(sys.argv[2:]), 0, signal.SIGKILL
     tokenizer_dir()
+    act, then = ACTS[case]
     while status == signal.SIGKILL:
         folder = root / f"{point:03}"
         write(folder / "in" / "b.parquet", texts(UNITS * UNIT_ROWS))
-        if append:
-            run_in_child(folder, None)
+        if case in ("append", "retry"):
+            in_child(run, folder)
+        if case == "append":
             write(folder / "in" / "a.parquet", texts(UNITS * UNIT_ROWS))
-        shards = ("0/2", "1/2") if "shard" in sys.argv else (None,)
-        status = run_in_child(folder, point + 1, shards[0])
-        if status not in (0, signal.SIGKILL) or any([run_in_child(folder, None, shard) for shard in reversed(shards)]):
+        status = in_child(act, folder, point + 1)
+        if status not in (0, signal.SIGKILL) or any([in_child(each, folder) for each in (look, *then)]):
             sys.exit(f"crash point {point}: no way on")
         point += 1
     print(point - 1)

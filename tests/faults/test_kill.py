@@ -102,7 +102,7 @@ def read_output_as_it_is(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["", "append", "shard"])
+@pytest.mark.parametrize("case", ["", "append", "shard", "retry"])
 def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_path, case):
     command = [sys.executable, "-m", "tests.faults.crash_points", str(tmp_path), *filter(None, [case])]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -114,6 +114,7 @@ def test_a_crash_at_each_single_disk_operation_loses_and_doubles_nothing(tmp_pat
     outputs = [read_output(tmp_path / f"{point:03}") for point in range(points + 1)]
     assert all(output.equals(outputs[-1]) for output in outputs)
     assert outputs[-1]["id"].to_pylist() == list(range(24)) * (1 + (case == "append"))
+    assert outputs[-1]["completion_tokens"].to_pylist()[:4] == ([5, 3, 5, 3] if case == "retry" else [3] * 4)
     for point in range(points + 1):
         assert (tmp_path / f"{point:03}" / "out.batchinfer" / "_SUCCESS").exists()
 
