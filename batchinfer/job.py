@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from batchinfer import deadline, shard
 from batchinfer.errors import JobError
-from batchinfer.location import checked
+from batchinfer.location import checked, redacted
 from batchinfer.request import SamplingParams
 
 if sys.version_info >= (3, 11):
@@ -43,7 +43,12 @@ def _written_as(parse: Any) -> tuple[Any, Any]:
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
 Place = Annotated[Some, AfterValidator(checked)]  # a path or a URL
-Places = Annotated[tuple[Place, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+Places = Annotated[
+    tuple[Some, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple),
+    AfterValidator(lambda paths: tuple(map(checked, paths))),
+]
 SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Moment = Annotated[(str, *_written_as(deadline.moment))]
@@ -393,6 +398,6 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
             message = problem["msg"].removeprefix("Value error, ")
             field = f"{key}.{message.split(maxsplit=1)[0]}"  # a section's own checks begin with the field they mean
             where = f" ({origin[field]})" if field in origin else where
-            shown = f", got {problem['input']!r}" if kind != "value_error" else ""
+            shown = f", got {redacted(repr(problem['input']))}" if kind != "value_error" else ""
             lines.append(f"{key or 'job'}{where}: {message[0].lower() + message[1:]}{shown}")
     return "\n".join(lines) if len(lines) == 1 else "the job has several problems:\n  " + "\n  ".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 DEMO_MODEL = "smollm2-135m-instruct"
+_numbers = itertools.count()
 
 for _name in [name for name in os.environ if name.startswith("BATCHINFER_")]:
     del os.environ[_name]
@@ -27,3 +29,36 @@ def demo_tokenizer_dir() -> Path:
     from batchinfer.engine.model.tokenizer import export_tokenizer
 
     return export_tokenizer(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A server that speaks S3, and a proxy before it."""
+    from tests.s3 import Proxy, start_server
+
+    process, port = start_server()
+    proxy = Proxy(port)
+    yield port, proxy
+    proxy.shutdown()
+    process.kill()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """A bucket of the test's own, which this process's environment leads to, by way of the proxy."""
+    from batchinfer.data import bucket as module
+    from tests.s3 import HASTE, Bucket
+
+    port, proxy = s3_server
+    proxy.fault = lambda method, path: None
+    made = Bucket(f"test-{next(_numbers)}", port, proxy)
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in HASTE.items():
+        monkeypatch.setattr(module, name, value)
+    module.open_bucket.cache_clear()
+    proxy.requests.clear()
+    proxy.faults.clear()
+    proxy.sent = 0
+    yield made
+    proxy.fault = lambda method, path: None

@@ -1,29 +1,26 @@
-"""Bucket: the requests to an object store that are made here, each with its failures explained.
+"""Bucket: the requests to an object store that are made here, tried again where that may help, failures explained.
 
-Credentials and endpoints come from the variables that each cloud's own tools read, through ``obstore``. Requests are
-tried again where that may help: timeouts, throttling, 5xx, connections that break.
+Credentials and endpoints come from the variables that each cloud's own tools read, through ``obstore``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
+import random
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeVar
 
 from batchinfer.errors import BatchInferError, JobError, StoreError
 from batchinfer.location import redacted
 
+PATIENCE = 240.0  # seconds for which a request that fails in passing is tried again
+PAUSES = (0.2, 30.0)  # seconds before the second try, and at most
 CLIENT = {"connect_timeout": "10s", "timeout": "2m"}
-RETRY = {
-    "max_retries": 12,
-    "retry_timeout": timedelta(minutes=4),
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=30), "base": 2.0},
-}
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -32,9 +29,8 @@ CREDENTIALS = {
     "abfss": "AZURE_STORAGE_ACCOUNT_KEY",
 }
 MAY_PASS = (408, 409, 425, 429)  # of the statuses that blame the request
-
-
 Condition = dict[str, str]  # what a request carries that is about one version of an object alone
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +59,10 @@ def open_bucket(url: str) -> Bucket:
     except ImportError:
         raise JobError(f'{url} needs the package obstore: pip install "batchinfer[cloud]"') from None
     plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
-    bucket = Bucket(url)
-    with bucket.explained("open", ""):
-        bucket.store = from_url(url, client_options={**CLIENT, "allow_http": plain}, retry_config=RETRY)
+    bucket, client = Bucket(url), {**CLIENT, "allow_http": plain}
+    # its own retries leave out conditional puts whose connection broke, and answers that broke in the middle
+    retry = {"max_retries": 0}
+    bucket.store = bucket.ask("open", "", lambda: from_url(url, client_options=client, retry_config=retry))
     return bucket
 
 
@@ -74,7 +71,7 @@ class Bucket:
 
     FileNotFoundError: there is no such object.
     JobError: the bucket, the credentials or the name are wrong; trying again will not help.
-    StoreError: the store did not answer as it should, for longer than it was tried again.
+    StoreError: the store did not answer as it should, for longer than PATIENCE.
 
     Attributes:
         in_trouble: whether the last request ended in a StoreError.
@@ -88,8 +85,7 @@ class Bucket:
     def head(self, key: str) -> Version:
         import obstore
 
-        with self.explained("look at", key):
-            return _version(obstore.head(self.store, key))
+        return _version(self.ask("look at", key, lambda: obstore.head(self.store, key)))
 
     def get(self, key: str, span: tuple[int, int] | None = None, version: Version | None = None) -> bytes:
         """The object's bytes, or those from ``span[0]`` up to ``span[1]``. Raises: Changed."""
@@ -98,62 +94,79 @@ class Bucket:
         options: dict[str, Any] = {} if span is None else {"range": span}
         if version is not None and "e_tag" in version.condition:
             options["if_match"] = version.condition["e_tag"]
-        with self.explained("read", key):
-            return obstore.get(self.store, key, options=options).bytes().to_bytes()
+        return self.ask("read", key, lambda: obstore.get(self.store, key, options=options).bytes().to_bytes())
 
     def mark(self, key: str, name: str) -> str | None:
         """An attribute that the object was put with."""
         import obstore
 
-        with self.explained("read", key):
-            return obstore.get(self.store, key).attributes.get(name)
+        return self.ask("read", key, lambda: obstore.get(self.store, key).attributes).get(name)
 
     def put(self, key: str, data: bytes, over: Condition | None = None, **marks: str) -> Condition:
         """Write an object, with ``marks`` as its attributes.
 
         Args:
-            over: write it only over that version; ``{}`` is only where there is none. Raises: Changed.
+            over: write it only over that version; ``{}`` is only where there is none. Raises: Changed, also if this put
+                itself was done before, and the answer to it was lost.
         """
         import obstore
 
         mode: Any = "overwrite" if over is None else over or "create"
-        with self.explained("write", key):
-            told = obstore.put(
-                self.store, key, memoryview(data).cast("B"), mode=mode, attributes=marks or None, use_multipart=False
-            )
-        return _condition(told)
+        how = {"mode": mode, "attributes": marks or None, "use_multipart": False}
+        whole = memoryview(data).cast("B")
+        return _condition(self.ask("write", key, lambda: obstore.put(self.store, key, whole, **how)))
 
     def copy(self, key: str, target: str) -> None:
         import obstore
 
-        with self.explained("copy", key):
-            obstore.copy(self.store, key, target)
+        self.ask("copy", key, lambda: obstore.copy(self.store, key, target))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Those already gone are passed over."""
         import obstore
 
-        with self.explained("remove", keys[0]), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self.store, list(keys))
+        try:
+            self.ask("remove", keys[0], lambda: obstore.delete(self.store, list(keys)))
+        except FileNotFoundError:  # some stores mind, and have looked no further
+            for key in keys if len(keys) > 1 else ():
+                self.delete([key])
 
-    def list(self, folder: str) -> Iterator[Version]:
-        """Every object at any depth below a folder, sorted."""
+    def list(self, folder: str) -> list[Version]:
+        """Every object at any depth below a folder, sorted by key."""
         import obstore
 
-        with self.explained("list", folder):
-            for some in obstore.list(self.store, folder or None, chunk_size=1000):
-                yield from map(_version, some)
+        found = self.ask("list", folder, lambda: [m for some in obstore.list(self.store, folder or None) for m in some])
+        return sorted(map(_version, found), key=lambda version: version.key)
 
     def list_folder(self, folder: str) -> tuple[list[Version], list[str]]:
         """The objects right in a folder, and the folders in it, both with their whole keys."""
         import obstore
 
-        with self.explained("list", folder):
-            found = obstore.list_with_delimiter(self.store, folder or None)
-            return [_version(meta) for meta in found["objects"]], list(found["common_prefixes"])
+        found = self.ask("list", folder, lambda: obstore.list_with_delimiter(self.store, folder or None))
+        return [_version(meta) for meta in found["objects"]], list(found["common_prefixes"])
 
-    def explained(self, doing: str, key: str) -> _Explained:
-        return _Explained(doing, f"{self.url}/{key}".rstrip("/"), self)
+    def ask(self, doing: str, key: str, request: Callable[[], T]) -> T:
+        """Make a request until it is answered.
+
+        Args:
+            doing, key: what to say if it cannot be.
+        """
+        url = f"{self.url}/{key}".rstrip("/")
+        end, pause = time.monotonic() + PATIENCE, PAUSES[0]
+        while True:
+            try:
+                answer = request()
+                self.in_trouble = False
+                return answer
+            except Exception as error:
+                told = _explained(error, doing, url, self.url)
+                if told is error:
+                    raise
+                self.in_trouble = isinstance(told, StoreError)
+                if not self.in_trouble or time.monotonic() + pause > end:
+                    raise told from None  # obstore's own words may hold a signed URL
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, PAUSES[1])
 
 
 def _version(meta: Any) -> Version:
@@ -165,50 +178,40 @@ def _condition(told: Any) -> Condition:
     return {name: told[name] for name in ("e_tag", "version") if told[name]}
 
 
-class _Explained(contextlib.AbstractContextManager):
-    """Turn what obstore raises into our own exceptions. Its words may hold a signed URL, so few of them are kept."""
+def _explained(error: Exception, doing: str, url: str, bucket: str) -> Exception:
+    """What an exception of obstore's means here; itself if it is none."""
+    from obstore import exceptions as known
 
-    def __init__(self, doing: str, url: str, bucket: Bucket) -> None:
-        self.doing, self.url, self.bucket = doing, url, bucket
+    said = str(error)
+    if "NoSuchBucket" in said or "ContainerNotFound" in said or "The specified bucket does not exist" in said:
+        return JobError(f"cannot {doing} {url}: there is no bucket {bucket}")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(2, "No such object", url)
+    if isinstance(error, (known.AlreadyExistsError, known.PreconditionError)):
+        return Changed(url)
+    if isinstance(error, known.BaseError) or "Could not parse path" in said:
+        return _about(error, said, f"cannot {doing} {url}")
+    return error
 
-    def __exit__(self, kind, error, traceback) -> None:
-        self.bucket.in_trouble = False
-        if error is None or isinstance(error, (BatchInferError, GeneratorExit, KeyboardInterrupt)):
-            return
-        from obstore import exceptions as told
 
-        said = str(error)
-        if "NoSuchBucket" in said or "ContainerNotFound" in said or "The specified bucket does not exist" in said:
-            raise JobError(f"cannot {self.doing} {self.url}: there is no bucket {self.bucket.url}") from None
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(2, "No such object", self.url) from None
-        if isinstance(error, (told.AlreadyExistsError, told.PreconditionError)):
-            raise Changed(self.url) from None
-        if isinstance(error, told.BaseError) or "Could not parse path" in said:
-            raise self._about(error, said) from None
+def _about(error: Exception, said: str, begin: str) -> BatchInferError:
+    from obstore import exceptions as known
 
-    def _about(self, error: BaseException, said: str) -> BatchInferError:
-        from obstore import exceptions as told
-
-        status = re.search(r"status code: (\d{3})", said)
-        code = re.search(r"<Code>(\w+)</Code>", said)
-        number = int(status[1]) if status else 0
-        shown = " ".join(filter(None, [f"status {number}" if number else "", code[1] if code else ""]))
-        shown = shown or redacted(said.splitlines()[0].rpartition(" - ")[2]).strip()
-        begin = f"cannot {self.doing} {self.url}"
-        variables = CREDENTIALS[self.url.partition("://")[0]]
-        if "169.254.169.254" in said or "metadata.google" in said or "MissingAccount" in said:
-            return JobError(f"{begin}: no credentials found; set {variables} in the environment")
-        if isinstance(error, (told.PermissionDeniedError, told.UnauthenticatedError)) or number in (401, 403):
-            return JobError(
-                f"{begin}: access denied ({shown}); look at {variables}, and at the endpoint and region, in the "
-                "environment"
-            )
-        wrong = (told.NotSupportedError, told.InvalidPathError, told.UnknownConfigurationKeyError, ValueError)
-        if isinstance(error, wrong) or (300 <= number < 500 and number not in MAY_PASS):
-            return JobError(f"{begin}: {shown}")
-        self.bucket.in_trouble = True
-        return StoreError(
-            f"{begin}: {shown or 'no answer'}, however often it was tried. Nothing committed is lost: run the same "
-            "command again once the store answers"
+    status, code = re.search(r"status code: (\d{3})", said), re.search(r"<Code>(\w+)</Code>", said)
+    number = int(status[1]) if status else 0
+    shown = " ".join(filter(None, [f"status {number}" if number else "", code[1] if code else ""]))
+    shown = shown or redacted(said.splitlines()[0].rpartition(" - ")[2]).strip()
+    variables = next(told for scheme, told in CREDENTIALS.items() if f" {scheme}://" in begin)
+    if "169.254.169.254" in said or "metadata.google" in said or "MissingAccount" in said:
+        return JobError(f"{begin}: no credentials found; set {variables} in the environment")
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)) or number in (401, 403):
+        return JobError(
+            f"{begin}: access denied ({shown}); look at {variables}, the endpoint and the region in the environment"
         )
+    wrong = (known.NotSupportedError, known.InvalidPathError, known.UnknownConfigurationKeyError, ValueError)
+    if isinstance(error, wrong) or (300 <= number < 500 and number not in MAY_PASS):
+        return JobError(f"{begin}: {shown}")
+    return StoreError(
+        f"{begin}: {shown or 'no answer'}, however often it was tried. Nothing committed is lost: run the same command "
+        "again once the store answers"
+    )

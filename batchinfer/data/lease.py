@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import uuid
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from batchinfer.data.object_store import ObjectStore
 
 BEAT, STALE = 15.0, 90.0  # seconds between renewals, and without one after which the holder counts as dead
+_held: set[str] = set()  # runs of this process that hold a lease; the store may have been in trouble when one ended
 
 
 class Lease:
@@ -37,6 +37,7 @@ class Lease:
         while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
             pass  # another was quicker, and will be named
         self._mine = mine
+        _held.add(self._holder["run"])
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="batchinfer-lease", daemon=True)
         self._thread.start()
@@ -46,6 +47,7 @@ class Lease:
             raise LockedError(f"{self._lost}; what it committed stays")
 
     def release(self, leave_trace: bool = True) -> None:
+        _held.discard(self._holder["run"])
         self._ended.set()
         self._thread.join(1.0)
         if not self._lost:
@@ -109,9 +111,9 @@ def _age(store: ObjectStore, name: str, found: Version) -> float:
 
 
 def _is_dead(content: bytes) -> bool:
-    """Whether the holder is known to be dead: a process of this machine that is gone."""
+    """Whether the holder is known to be gone: a process of this machine, or a run of this process."""
     try:
         told = json.loads(content)
-        return is_here(told) and told["pid"] != os.getpid() and not is_running(told["pid"])
+        return is_here(told) and told["run"] not in _held and not is_running(told["pid"])
     except (ValueError, KeyError, TypeError):
         return False

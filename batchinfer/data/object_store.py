@@ -39,7 +39,7 @@ class ObjectStore:
         place = Location.parse(root)
         if not place.key:
             raise OutputError(
-                f"{root} is a whole bucket; choose a folder inside it, such as {place.bucket}/completions"
+                f"{place} is a whole bucket; choose a folder inside it, such as {place.bucket}/completions"
             )
         self.root = str(place)
         self.bucket, self._folder = open_bucket(place.bucket), place.key
@@ -127,17 +127,17 @@ class ObjectStore:
             return  # another clean-up will come
         try:
             keys = [key for name in names for key in self._objects(name)]
-            for at in range(0, len(keys), 1000):
-                self.bucket.delete(keys[at : at + 1000])
+            if keys:
+                self.bucket.delete(keys)
         except BatchInferError:
             if strict:
                 raise
 
     def claim(self, control: Any) -> None:
-        if version := next(iter(self.bucket.list(self._folder)), None):
+        if names := list(self.walk()):
             raise OutputError(
-                f"{self.root} is not empty (it holds {version.key.removeprefix(f'{self._folder}/')}) and no job was "
-                "begun in it; choose another output.path or empty it"
+                f"{self.root} is not empty (it holds {names[0]}) and no job was begun in it; choose another "
+                "output.path or empty it"
             )
 
     def lock(self, name: str, output: Any) -> Lease:
@@ -157,7 +157,7 @@ class ObjectStore:
 
     def _segments(self, name: str) -> list[str]:
         """Keys of the objects that make up an appended file, in their order."""
-        return sorted(version.key for version in self.bucket.list(self._key(name)))
+        return [version.key for version in self.bucket.list(self._key(name))]
 
     @staticmethod
     def _many(get: Any, names: Iterable[str]) -> Iterable[bytes]:
