@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from batchinfer import deadline, shard
+from batchinfer import deadline, shard, size
 from batchinfer.errors import JobError
 from batchinfer.location import checked, redacted
 from batchinfer.request import SamplingParams
@@ -52,6 +52,7 @@ Places = Annotated[
 SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Moment = Annotated[(str, *_written_as(deadline.moment))]
+Size = Annotated[(str, *_written_as(size.in_bytes))]
 Span = Annotated[(str, *_written_as(deadline.seconds))]
 Share = Annotated[(str, *_written_as(shard.check))]
 
@@ -174,6 +175,9 @@ class OutputSection(Section):
     columns: Strings | None = Field(None, description="input columns carried to the output; none given: all")
     prefix: str = Field(
         "", description="put before the names of the result columns, to keep them apart from the input's"
+    )
+    part_size: Size | None = Field(
+        None, description='about how large a part is to be: "128MB"; none given: checkpoint.unit_rows decides'
     )
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
 

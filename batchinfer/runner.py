@@ -18,6 +18,7 @@ from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import look
 from batchinfer.data.manifest import publish
+from batchinfer.data.part_size import unit_rows
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
 from batchinfer.data.series import Series
@@ -101,7 +102,7 @@ def _run(
     with Ledger(job.output.path, shard=Shard.of(job.job.shard)) as ledger:
         if ledger.identity is not None:
             ledger.check_semantic(job.semantic(), tuple(job.semantic()))
-            source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
+            source = ledger.check_input(source, job.input.on_change, unit_rows(job, source))
             columns = _columns(job, source)
         if ledger.identity is not None and not ledger.pending() and ledger.identity["model"] == _model_at_a_glance(job):
             if ledger.complete:
@@ -116,7 +117,7 @@ def _run(
             told = job.model_dump(mode="json", exclude={"job": {"shard"}})
             ledger.begin(
                 source,
-                job.checkpoint.unit_rows,
+                unit_rows(job, source),
                 semantic={**job.semantic(), "engine": backend.fingerprint},
                 operational={"model": _model_at_a_glance(job), "job": told},
             )

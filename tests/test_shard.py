@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer.data.units import Unit
+from batchinfer.data.units import Piece, Unit
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.shard import Shard
@@ -14,9 +14,13 @@ from batchinfer.shard import Shard
 NEEDED = {"input": {"path": "i"}, "prompt": {"template": "t"}, "model": {"path": "m"}, "output": {"path": "o"}}
 
 
+def unit(index: int, file: str, first_row: int) -> Unit:
+    return Unit(index, (Piece(file, first_row, 64, (0, 0)),))
+
+
 @given(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=5))
 def test_each_unit_is_dealt_to_one_shard_and_no_shard_gets_two_more_than_another(count, files):
-    units = [Unit(0, f"f{f}.parquet", 64 * i, 64, (0, 0)) for f, number in enumerate(files) for i in range(number)]
+    units = [unit(0, f"f{f}.parquet", 64 * i) for f, number in enumerate(files) for i in range(number)]
     shares = [Shard(index, count).deal(units) for index in range(count)]
     dealt = [(unit.file, unit.first_row) for share in shares for unit in share]
     assert sorted(dealt) == [(unit.file, unit.first_row) for unit in units]
@@ -25,7 +29,7 @@ def test_each_unit_is_dealt_to_one_shard_and_no_shard_gets_two_more_than_another
 
 
 def test_neighbours_are_spread_so_that_no_shard_gets_the_long_end_of_a_file():
-    units = [Unit(i, "a.parquet", 64 * i, 64, (0, 0)) for i in range(100)]
+    units = [unit(i, "a.parquet", 64 * i) for i in range(100)]
     mine = [unit.index for unit in Shard(0, 2).deal(units)]
     assert mine != list(range(0, 100, 2)) and 15 < sum(index < 50 for index in mine) < 35
 

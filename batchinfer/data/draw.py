@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from batchinfer.data.source import Source, Unit
+from batchinfer.data.units import Piece
 
 MOST_DECODED = 4_000_000  # rows of row groups that a sample may make us decode
 UNIT_ROWS = 1 << 16  # of the units from which rows are drawn
@@ -29,8 +30,8 @@ def draw_rows(source: Source, count: int, seed: int) -> tuple[list[Unit], int]:
         """File, row and row group of each."""
         drawn = []
         for unit, place in _places(units, count, np.random.default_rng(seed)):
-            [row] = unit.row_numbers([place])
-            drawn.append((unit.file, row, bisect_right(ends[unit.file], row)))
+            [(file, [row])] = unit.addresses([place])
+            drawn.append((file, row, bisect_right(ends[file], row)))
         return drawn
 
     drawn = draw(count)
@@ -40,7 +41,7 @@ def draw_rows(source: Source, count: int, seed: int) -> tuple[list[Unit], int]:
         every = min(math.ceil(decoded / MOST_DECODED), len(groups))
         kept = set(groups[::every])
         drawn = [row for row in draw(count * every) if (row[0], row[2]) in kept]
-    rows = [Unit(i, name, row, 1, (group, group)) for i, (name, row, group) in enumerate(drawn)]
+    rows = [Unit(i, (Piece(name, row, 1, (group, group)),)) for i, (name, row, group) in enumerate(drawn)]
     return rows, sum(unit.rows for unit in units)
 
 

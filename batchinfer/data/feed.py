@@ -11,7 +11,7 @@ from contextlib import closing
 import pyarrow as pa
 
 from batchinfer.data.journal import FinishedUnit, Journal
-from batchinfer.data.prompt import PromptRenderer, row_seeds
+from batchinfer.data.prompt import PromptRenderer, unit_seeds
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.threads import Channel, Halt, Window, Worker
 from batchinfer.request import Completion, Request
@@ -126,7 +126,7 @@ class Feed(Worker):
 
     def _render(self, unit: Unit, prompts: pa.Table, rows: Sequence[int]) -> list[Request | Completion]:
         keys = [(unit.index, row) for row in rows]
-        seeds = row_seeds(self._job_seed, unit.file, unit.row_numbers(rows))
+        seeds = unit_seeds(self._job_seed, unit, rows)
         return self._renderer.render(_rows(prompts, rows), keys, seeds)
 
     def _pass_on(self, rendering: Future[list[Request | Completion]]) -> None:

@@ -159,7 +159,7 @@ class Ledger:
         self.store.replace("job.json", json.dumps(self.identity, indent=1).encode())
         self._take_epoch()
         units = ((self.units[index], rows) for index, rows in retry.rows.items())
-        self._picked = [pick(unit, rows, source.files[unit.file]) for unit, rows in units]
+        self._picked = [pick(unit, rows, source.files) for unit, rows in units]
 
     def _take_epoch(self) -> None:
         for folder in ("leases", "wal", "staged", "commits"):
@@ -253,8 +253,7 @@ class Ledger:
         """Where a unit's rows go in OUT: beside the input's own partition folders, or where its old ones are."""
         if unit.index in self.commits:
             return self.commits[unit.index].part
-        folder = unit.file.rpartition("/")[0]
-        return f"{folder}/part-{unit.index:06d}-{self.epoch}.parquet".lstrip("/")
+        return f"{unit.folder}/part-{unit.index:06d}-{self.epoch}.parquet".lstrip("/")
 
     def stage(self, unit: Unit, part: bytes) -> None:
         """Write a part where no reader looks."""

@@ -85,7 +85,10 @@ def describe(ledger: Ledger) -> dict[str, Any]:
                 "bytes": commit.bytes,
                 "sha256": commit.sha256,
                 "unit": unit.index,
-                "source": {"file": unit.file, "first_row": unit.first_row, "end_row": unit.end_row},
+                "sources": [
+                    {"file": piece.file, "first_row": piece.first_row, "end_row": piece.end_row}
+                    for piece in unit.pieces
+                ],
                 **({"retry": commit.retry} if commit.retry else {}),
             }
             for unit, commit in zip(ledger.units, commits)

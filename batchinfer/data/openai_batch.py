@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchinfer.data.columns import RowError, to_values
-from batchinfer.data.prompt import RowPrompt, check_columns, row_seeds
+from batchinfer.data.prompt import RowPrompt, check_columns, unit_seeds
 from batchinfer.data.row_sampling import RowSampling
 from batchinfer.data.source import Source, Unit
 from batchinfer.errors import InputError, OutputError
@@ -94,7 +94,8 @@ def custom_ids(unit: Unit, rows: pa.Table | None, id_column: str | None) -> list
     if id_column is not None:
         assert rows is not None
         names = to_values(id_column, rows.column(id_column))
-    return [_custom_id(unit.file, row, name) for row, name in zip(unit.row_numbers(range(unit.rows)), names)]
+    places = ((file, row) for file, rows in unit.addresses(range(unit.rows)) for row in rows)
+    return [_custom_id(file, row, name) for (file, row), name in zip(places, names)]
 
 
 def _custom_id(file: str, row: int, name: Any) -> str:
@@ -118,7 +119,7 @@ class _Lines:
         """The custom_id of each row with its line, or why there is none."""
         columns = dict.fromkeys((*self._prompt.columns, *self._sampling.columns))
         cells = {name: to_values(name, rows.column(name)) for name in columns}
-        seeds = row_seeds(self._job.sampling.seed, unit.file, unit.row_numbers(range(unit.rows)))
+        seeds = unit_seeds(self._job.sampling.seed, unit, range(unit.rows))
         params = self._sampling.of_rows(cells, seeds)
         for i, custom_id in enumerate(custom_ids(unit, rows, self._job.input.id_column)):
             try:

@@ -22,6 +22,7 @@ from batchinfer.data.feed import IN_FLIGHT
 from batchinfer.data.journal import FinishedUnit, ResultSchema, Tally
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.openai_batch import custom_ids
+from batchinfer.data.part_size import unit_rows
 from batchinfer.data.report import Summary, summarize, write_summary
 from batchinfer.data.sink import OutputSchema, Sink
 from batchinfer.data.source import Source, Unit
@@ -45,12 +46,12 @@ def import_results(job: Job, paths: Sequence[str]) -> Summary:
     columns = OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
     with Results(paths) as results, Ledger(job.output.path) as ledger:
         if ledger.identity is not None:
-            source = ledger.check_input(source, job.input.on_change, job.checkpoint.unit_rows)
-        _check_known(results, source, ledger.units or source.units(job.checkpoint.unit_rows), job.input.id_column)
+            source = ledger.check_input(source, job.input.on_change, unit_rows(job, source))
+        _check_known(results, source, ledger.units or source.units(unit_rows(job, source)), job.input.id_column)
         model = ", ".join(sorted(results.models)[:3])
         ledger.begin(
             source,
-            job.checkpoint.unit_rows,
+            unit_rows(job, source),
             semantic={**job.semantic(), "engine": {"engine": "openai-batch", "results": results.digest}},
             operational={"model": {"path": model, "files": None, "imported": True}, "job": job.model_dump(mode="json")},
         )

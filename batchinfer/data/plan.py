@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.data.source import InputFile, Source, Unit
 from batchinfer.data.store import Store
+from batchinfer.data.units import Piece
 from batchinfer.errors import DriftError, IntegrityError
 
 OF_FILE = ("path", "size", "mtime_ns", "tag", "footer")
@@ -32,7 +33,7 @@ def read(store: Store) -> tuple[list[Unit], Files, list[int]]:
     Raises: FileNotFoundError if none was written, IntegrityError if one is damaged or missing.
     """
     names = [name for name in store.list(".", ".parquet") if name.startswith("plan-")]
-    units: list[Unit] = []
+    made: dict[int, list[Piece]] = {}  # in the order of the plans
     files: Files = {}
     ends = [0]
     for number in range(max(1, len(names))):
@@ -46,38 +47,42 @@ def read(store: Store) -> tuple[list[Unit], Files, list[int]]:
             if row["unit"] is not None:
                 groups = (row["first_row_group"], row["last_row_group"])
                 numbers = own.values.to_numpy() if own.is_valid else None
-                units.append(Unit(row["unit"], row["file"], row["first_row"], row["rows"], groups, numbers))
-        ends.append(len(units))
-    if [unit.index for unit in units] != list(range(len(units))):
+                piece = Piece(row["file"], row["first_row"], row["rows"], groups, numbers)
+                made.setdefault(row["unit"], []).append(piece)
+        ends.append(len(made))
+    if list(made) != list(range(len(made))):
         raise IntegrityError(f"the plans in {store.root} do not follow each other: units are missing or there twice")
+    units = [Unit(index, tuple(pieces)) for index, pieces in made.items()]
     return units, files, [end - begin for begin, end in pairwise(ends)]
 
 
 def encode(units: Iterable[Unit], files: Mapping[str, InputFile]) -> bytes:
-    """A row for each unit, and one for each file without units, which may not change either; in the files' order."""
-    own: dict[str, list[Unit | None]] = {}
+    """A row for each piece of a unit, and one for each file without any, which may not change either; in the files'
+    order."""
+    own: dict[str, list[tuple[int | None, Piece | None]]] = {}
     for unit in units:
-        own.setdefault(unit.file, []).append(unit)
-    rows = [(file, unit) for name, file in files.items() for unit in own.get(name, [None])]
-    groups = [unit.row_groups if unit else (None, None) for _, unit in rows]
+        for piece in unit.pieces:
+            own.setdefault(piece.file, []).append((unit.index, piece))
+    rows = [(file, *part) for name, file in files.items() for part in own.get(name, [(None, None)])]
+    groups = [piece.row_groups if piece else (None, None) for _, _, piece in rows]
 
-    def of_unit(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array([unit and getattr(unit, name) for _, unit in rows], kind)
+    def of_piece(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array([piece and getattr(piece, name) for _, _, piece in rows], kind)
 
     table = pa.table(
         {
-            "unit": of_unit("index", pa.int64()),
-            "file": pa.array([file.name for file, _ in rows], pa.string()),
-            "first_row": of_unit("first_row", pa.int64()),
-            "rows": of_unit("rows", pa.int64()),
+            "unit": pa.array([unit for _, unit, _ in rows], pa.int64()),
+            "file": pa.array([file.name for file, _, _ in rows], pa.string()),
+            "first_row": of_piece("first_row", pa.int64()),
+            "rows": of_piece("rows", pa.int64()),
             "first_row_group": pa.array([first for first, _ in groups], pa.int32()),
             "last_row_group": pa.array([last for _, last in groups], pa.int32()),
-            "picked": of_unit("picked", pa.list_(pa.uint32())),
-            "path": pa.array([file.path for file, _ in rows], pa.string()),
-            "size": pa.array([file.size for file, _ in rows], pa.int64()),
-            "mtime_ns": pa.array([file.mtime_ns for file, _ in rows], pa.int64()),
-            "tag": pa.array([file.tag for file, _ in rows], pa.string()),
-            "footer": pa.array([file.footer for file, _ in rows], pa.string()),
+            "picked": of_piece("picked", pa.list_(pa.uint32())),
+            "path": pa.array([file.path for file, _, _ in rows], pa.string()),
+            "size": pa.array([file.size for file, _, _ in rows], pa.int64()),
+            "mtime_ns": pa.array([file.mtime_ns for file, _, _ in rows], pa.int64()),
+            "tag": pa.array([file.tag for file, _, _ in rows], pa.string()),
+            "footer": pa.array([file.footer for file, _, _ in rows], pa.string()),
         }
     )
     buffer = pa.BufferOutputStream()

@@ -18,6 +18,7 @@ from batchinfer.data.overlong import Asked, Overlong, Truncation
 from batchinfer.data.row_sampling import RowSampling, with_room
 from batchinfer.data.template import ChatTemplate, Message, RowTemplate
 from batchinfer.data.tokenizer import PromptTokenizer
+from batchinfer.data.units import Unit
 from batchinfer.errors import InputError, JobError
 from batchinfer.job import PromptSection, SamplingSection
 from batchinfer.request import Completion, Request, SamplingParams
@@ -140,6 +141,11 @@ def row_seeds(job_seed: int, file: str, rows: Sequence[int]) -> list[int]:
     of_file = int.from_bytes(hashlib.blake2b(file.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
     begin = _splitmix64(np.array([of_file ^ (job_seed & (2**64 - 1))], np.uint64))
     return (_splitmix64(begin + np.asarray(rows, np.uint64)) >> np.uint64(1)).tolist()
+
+
+def unit_seeds(job_seed: int, unit: Unit, rows: Sequence[int]) -> list[int]:
+    """``row_seeds`` of some rows of a unit, ascending."""
+    return [seed for file, own in unit.addresses(rows) for seed in row_seeds(job_seed, file, own)]
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from batchinfer.data.files import InputFile, look, one_line, unify
 from batchinfer.data.listing import find
 from batchinfer.data.partitions import partition_fields
 from batchinfer.data.selection import Selection
-from batchinfer.data.units import Unit, cut, cut_up, empty, runs
+from batchinfer.data.units import Piece, Unit, cut, empty, fill, pieces, runs
 from batchinfer.errors import InputError
 from batchinfer.job import InputSection, Job
 
@@ -90,34 +90,45 @@ class Source:
         return self._selection is not None
 
     def units(self, unit_rows: int, taken: int = 0) -> list[Unit]:
-        """Cut every file into units of at most ``unit_rows`` rows. An empty file is one empty unit.
+        """Cut the files into units of ``unit_rows`` rows; the last of each folder may have fewer. A folder without rows
+        is one empty unit.
 
         Where rows are chosen it is done here, once and for good: a filter reads its columns of the whole input, sample
-        and limit read nothing. A file none of whose rows are chosen has no unit, unless no file had any.
+        and limit read nothing. A folder none of whose rows are chosen has no unit, unless no folder had any.
 
         Args:
             taken: rows chosen earlier, from other files, that count towards the limit.
         """
-        units: list[Unit] = []
+        made: list[tuple[Piece, ...]] = []
+        for _, chosen in groupby(self._rows(taken), key=lambda own: own[0].name.rpartition("/")[0]):
+            made += self._of_folder(chosen, unit_rows)
+        made = made or [empty(file) for file in self.files.values()][:1]
+        return [Unit(index, of_unit) for index, of_unit in enumerate(made)]
+
+    def _of_folder(
+        self, chosen: Iterator[tuple[InputFile, range | np.ndarray]], unit_rows: int
+    ) -> list[tuple[Piece, ...]]:
+        first = next(chosen)
+        made = list(fill(chain([first], chosen), unit_rows))
+        return made if made or self.chooses else [empty(first[0])]
+
+    def _rows(self, taken: int) -> Iterator[tuple[InputFile, range | np.ndarray]]:
+        """Every file and which of its rows the job is about."""
         for file in self.files.values():
-            if self._selection is None:
-                units += cut_up(file, range(file.rows), unit_rows, len(units)) or [empty(file, len(units))]
-            else:
-                chosen = self._chosen(file, self._selection, taken)
-                taken += len(chosen)
-                units += cut_up(file, chosen, unit_rows, len(units))
-        return units or [empty(file, 0) for file in self.files.values()][:1]
+            rows = range(file.rows) if self._selection is None else self._chosen(file, self._selection, taken)
+            taken += len(rows)
+            yield file, rows
 
     def _chosen(self, file: InputFile, selection: Selection, taken: int) -> np.ndarray:
         """Numbers of the chosen rows of a file, up to the limit."""
         left = file.rows if selection.limit is None else max(selection.limit - taken, 0)
-        units = cut_up(file, range(file.rows), LOOK_ROWS, 0) if left else []
+        looked = pieces(file, range(file.rows if left else 0), LOOK_ROWS, LOOK_ROWS)
         schema = pa.schema([self._everything.field(name) for name in selection.columns])
         found = [np.empty(0, np.int64)]
-        with closing(self._read(units, schema) if selection.columns else ((unit, None) for unit in units)) as read:
-            for unit, rows in read:
-                some = np.flatnonzero(selection.mask(file.name, unit.first_row, unit.rows, rows))[:left]
-                found.append(unit.first_row + some)
+        with closing(self._read(looked, schema) if selection.columns else ((piece, None) for piece in looked)) as read:
+            for piece, rows in read:
+                some = np.flatnonzero(selection.mask(file.name, piece.first_row, piece.rows, rows))[:left]
+                found.append(piece.first_row + some)
                 left -= len(some)
                 if not left:
                     break
@@ -130,10 +141,15 @@ class Source:
         few batches, never a row group. Two units are read ahead on a thread.
         """
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return _ahead(self._read(units, schema), depth=2)
+        return _ahead(self._read_units(list(units), schema), depth=2)
 
-    def _read(self, units: Iterable[Unit], schema: pa.Schema) -> Iterator[tuple[Unit, pa.Table]]:
-        for name, of_file in groupby(units, key=lambda unit: unit.file):
+    def _read_units(self, units: list[Unit], schema: pa.Schema) -> Iterator[tuple[Unit, pa.Table]]:
+        with closing(self._read((piece for unit in units for piece in unit.pieces), schema)) as read:
+            for unit in units:
+                yield unit, pa.concat_tables([next(read)[1] for _ in unit.pieces])
+
+    def _read(self, pieces: Iterable[Piece], schema: pa.Schema) -> Iterator[tuple[Piece, pa.Table]]:
+        for name, of_file in groupby(pieces, key=lambda piece: piece.file):
             file = self.files[name]
             try:
                 with file.open() as parquet:

@@ -187,7 +187,8 @@ def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, 
 
 
 def _address(unit: Unit, row: int) -> str:
-    return f"{unit.file}:{unit.row_numbers([row])[0]}"
+    [(file, [number])] = unit.addresses([row])
+    return f"{file}:{number}"
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

@@ -41,13 +41,13 @@ def test_rows_are_drawn_from_every_stretch_of_every_file(tmp_path):
     for name in "ac":
         rows = [unit.first_row for unit in units if unit.file == f"{name}.parquet"]
         assert rows == sorted(rows) and max(np.diff(rows)) < 20 and len(rows) == 100
-    assert all(unit.row_groups == (unit.first_row // 500,) * 2 for unit in units)
+    assert all(unit.pieces[0].row_groups == (unit.first_row // 500,) * 2 for unit in units)
     assert units == drawn(tmp_path, 200, seed=1) != drawn(tmp_path, 200, seed=2)
 
 
 def test_a_small_input_is_drawn_whole_and_an_empty_one_not_at_all(tmp_path):
     rows_of(tmp_path, "a", 3, 2)
-    assert [(u.first_row, *u.row_groups) for u in drawn(tmp_path, 10)] == [(0, 0, 0), (1, 0, 0), (2, 1, 1)]
+    assert [(u.first_row, *u.pieces[0].row_groups) for u in drawn(tmp_path, 10)] == [(0, 0, 0), (1, 0, 0), (2, 1, 1)]
     rows_of(tmp_path, "a", 0, 2)
     assert drawn(tmp_path, 10) == []
 
@@ -56,7 +56,7 @@ def test_a_huge_input_is_not_decoded_whole(tmp_path):
     rows_of(tmp_path, "a", 10_000, 100)
     with mock.patch.object(draw, "MOST_DECODED", 1000):
         units = drawn(tmp_path, 500)
-    groups = {unit.row_groups[0] for unit in units}
+    groups = {unit.pieces[0].row_groups[0] for unit in units}
     assert 450 < len(units) < 550 and len(groups) == 10 and max(groups) - min(groups) > 80
 
 

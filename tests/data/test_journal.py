@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from batchinfer.data.journal import FinishedUnit, Journal, ResultSchema, Tally, read_log
-from batchinfer.data.source import Unit
 from batchinfer.data.store import LocalStore
 from batchinfer.data.threads import Halt
+from batchinfer.data.units import Piece, Unit
 from batchinfer.errors import EngineError
 from batchinfer.request import Completion, Output
 
@@ -36,7 +36,9 @@ class Harness:
         return True
 
     def expect(self, rows: int, unit: int = 0) -> list[int]:
-        return list(self.journal.expect(Unit(unit, "in.parquet", 0, rows, (0, 0)), pa.table({"id": range(rows)})))
+        return list(
+            self.journal.expect(Unit(unit, (Piece("in.parquet", 0, rows, (0, 0)),)), pa.table({"id": range(rows)}))
+        )
 
     def logged_rows(self) -> list[int]:
         rows: list[int] = []

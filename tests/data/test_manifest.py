@@ -40,7 +40,8 @@ def test_a_complete_output_has_a_manifest_of_every_part_sealed_by_success(tmp_pa
     assert (told["job"], told["rows"], told["failed"], told["finish_reasons"]) == ("nightly", 130, 0, {"stop": 130})
     assert told["completion_tokens"] == summary.job.completion_tokens
     assert told["engine"]["engine"] == "echo" and told["fingerprint"]
-    assert [(p["source"]["file"], p["source"]["first_row"], p["source"]["end_row"]) for p in told["parts"]] == [
+    sources = [source for part in told["parts"] for source in part["sources"]]
+    assert [(source["file"], source["first_row"], source["end_row"]) for source in sources] == [
         ("day=1/x.parquet", 0, 64), ("day=1/x.parquet", 64, 100), ("day=2/x.parquet", 0, 30),
     ]  # fmt: skip
     for part in told["parts"]:

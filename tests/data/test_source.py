@@ -52,19 +52,22 @@ def test_the_job_s_own_output_among_its_input_is_passed_over(tmp_path):
     unit_rows=st.integers(1, 50),
     data=st.data(),
 )
-def test_units_cover_every_row_once_never_span_files_and_any_of_them_can_be_read(
+def test_units_cover_every_row_once_never_span_folders_and_any_of_them_can_be_read(
     tmp_path_factory, files, unit_rows, data
 ):
     folder = tmp_path_factory.mktemp("in")
     total = 0
     for index, (rows, group) in enumerate(files):
         table = pa.table({"id": pa.array(range(total, total + rows), pa.int64())})
-        write(folder / f"{index}.parquet", table, row_group_size=group)
+        write(folder / f"part={index // 2}" / f"{index}.parquet", table, row_group_size=group)
         total += rows
     source = Source([str(folder)])
     units = source.units(unit_rows)
     assert [unit.index for unit in units] == list(range(len(units)))
-    assert all(unit.rows <= unit_rows for unit in units)
+    for index in {index // 2 for index in range(len(files))}:
+        own = [unit for unit in units if unit.folder == f"part={index}"]
+        assert [unit.rows for unit in own[:-1]] == [unit_rows] * (len(own) - 1) and own[-1].rows <= unit_rows
+        assert all(piece.file.startswith(f"part={index}/") for unit in own for piece in unit.pieces)
     assert [i for ids in ids_of(source, units) for i in ids] == list(range(total))
     some = sorted(data.draw(st.sets(st.sampled_from(range(len(units))))))
     wanted = ids_of(source, units)
@@ -90,7 +93,17 @@ def test_no_row_group_is_decoded_twice_and_none_without_need(tmp_path, monkeypat
     assert decoded == [0, 6]
 
 
-def test_an_empty_file_is_one_empty_unit(tmp_path):
+def test_many_small_files_of_a_folder_make_few_units(tmp_path):
+    for index in range(20):
+        write(tmp_path / "in" / f"{index:02}.parquet", texts(10))
+    source = Source([str(tmp_path / "in")])
+    [(first, _), (last, rows)] = source.read(source.units(128), ["id"])
+    assert (first.rows, last.rows, len(first.pieces), len(last.pieces)) == (128, 72, 13, 8)
+    assert list(first.addresses([9, 10, 11, 127])) == [("00.parquet", [9]), ("01.parquet", [0, 1]), ("12.parquet", [7])]
+    assert rows["id"].to_pylist() == [8, 9, *[*range(10)] * 7]
+
+
+def test_an_empty_folder_is_one_empty_unit(tmp_path):
     write(tmp_path / "in.parquet", texts(0))
     source = Source([str(tmp_path / "in.parquet")])
     [(unit, table)] = source.read(source.units(10), ["id", "text"])
