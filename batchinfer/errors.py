@@ -45,6 +45,12 @@ class OutputError(JobError):
     """The output cannot be written."""
 
 
+class WriteError(OutputError):
+    """A file of an output that was begun cannot be written, the disk being full for instance: later it may be."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class DriftError(BatchInferError):
     """The job or its input changed since the output was begun."""
 

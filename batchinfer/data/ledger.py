@@ -48,7 +48,7 @@ from batchinfer.data.shards import Turn
 from batchinfer.data.source import Source, Unit
 from batchinfer.data.store import Store, open_store
 from batchinfer.data.units import pick
-from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError
+from batchinfer.errors import IntegrityError, JobDriftError, LockedError, OutputError, WriteError
 from batchinfer.shard import Shard
 
 PATIENCE = 10.0  # seconds that a shard waits for another to have begun the output
@@ -122,8 +122,17 @@ class Ledger:
 
         Raises:
             JobDriftError: ``semantic`` differs from what the output was begun with.
+            OutputError: nothing could be begun; later, WriteErrors are worth another try.
         """
-        semantic = plain(semantic)
+        fresh = self.identity is None
+        try:
+            self._begin(source, unit_rows, plain(semantic), operational)
+        except WriteError as error:
+            if fresh:
+                raise OutputError(str(error)) from error
+            raise
+
+    def _begin(self, source: Source, unit_rows: int, semantic: dict[str, Any], operational: dict[str, Any]) -> None:
         if self.identity is not None:
             self.check_semantic(semantic)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
 import os
 import re
@@ -31,8 +32,9 @@ def find(paths: Sequence[str], output: str | None) -> dict[str, str]:
         roots.append(root.split("/"))
         found.update(dict.fromkeys(inside))
     if output is not None and is_remote(output) == is_remote(paths[0]):
-        own = tuple(f"{path}{end}" for path in _outputs(output) for end in ("/", ".batchinfer/"))
-        found = {path: None for path in found if not path.startswith(own)}
+        real = functools.cache(str if is_remote(output) else os.path.realpath)  # a link may lead to an output
+        own = tuple(f"{real(path)}{end}" for path in _outputs(output) for end in ("/", ".batchinfer/"))
+        found = {path: None for path in found if not f"{real(path.rpartition('/')[0] or '/')}/".startswith(own)}
     if not found:
         raise InputError("input.path names nothing but this job's own output; name a Parquet file, a glob or a folder")
     common = os.path.commonprefix(roots)  # of lists: whole names of folders
@@ -140,15 +142,17 @@ def _outputs(output: str) -> list[str]:
     return [own, *(path for path in beside if path[len(own) + 1 :].isdigit())]
 
 
-def _walk(folder: str) -> list[str]:
-    """Parquet files below ``folder``."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot look into the input folder {error.filename}: {error.strerror}")
-
-    files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] not in "._"]
-        wanted = (name for name in names if name[0] not in "._" and name.lower().endswith(SUFFIXES))
-        files += [os.path.join(parent, name) for name in wanted]
-    return files
+def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
+    """Parquet files below ``folder``. Links are followed, but for those that lead back to a folder that they are in."""
+    try:
+        stat = os.stat(folder)
+        with os.scandir(folder) as entries:
+            inside = [entry for entry in entries if entry.name[0] not in "._"]
+            folders = {entry.path for entry in inside if entry.is_dir()}
+    except OSError as error:
+        raise InputError(f"cannot look into the input folder {folder}: {error.strerror}") from None
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return []
+    files = [e.path for e in inside if e.path not in folders and e.name.lower().endswith(SUFFIXES)]
+    return files + [file for each in sorted(folders) for file in _walk(each, above | {here})]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from batchinfer.data.lock import FileLock, Lock
-from batchinfer.errors import OutputError
+from batchinfer.errors import OutputError, WriteError
 from batchinfer.location import is_remote, local_path
 
 
@@ -20,7 +20,8 @@ class Store(Protocol):
     """A folder. Names are relative to ``root`` and use ``/``.
 
     What a method promises to be durable is so when it returns, the folder's entry included unless the method says
-    otherwise. Every failure is an OutputError that names the file, unless the method says otherwise.
+    otherwise. Every failure is an error that names the file and may pass, unless the method says otherwise: a WriteError on a
+    disk, a StoreError elsewhere.
     """
 
     root: Any  # what people call it; its ``str`` leads back to it
@@ -256,7 +257,7 @@ class _explained(contextlib.AbstractContextManager):
 
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, OSError):
-            raise OutputError(
+            raise WriteError(
                 f"cannot {self.doing} {self.path}: {error.strerror or error}. Nothing committed is lost: make room or "
                 "mend the folder and run the same command again"
             ) from error

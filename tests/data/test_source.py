@@ -118,6 +118,17 @@ def test_files_may_differ_in_column_order_missing_columns_and_width_of_numbers(t
     assert pa.concat_tables(tables).to_pylist() == [{"a": 1, "b": "x", "c": None}, {"a": 2**40, "b": "y", "c": 0.5}]
 
 
+def test_links_to_folders_are_followed_but_not_back_into_themselves_nor_into_the_output(tmp_path):
+    write(tmp_path / "far" / "day=1" / "x.parquet", texts(3))
+    write(tmp_path / "in" / "out" / "part-000000-1.parquet", texts(4))
+    links = {"linked": "far", "far/day=1/back": "far", "far/up": "in", "in/again": "in/out"}
+    for name, target in links.items():
+        (tmp_path / ("in" if name == "linked" else ".") / name).symlink_to(tmp_path / target)
+    source = Source([str(tmp_path / "in")], str(tmp_path / "in" / "out"))
+    assert list(source.files) == ["linked/day=1/x.parquet"]
+    assert list(Source([str(tmp_path / "far")]).files)[0] == "day=1/x.parquet"
+
+
 def test_files_that_do_not_fit_each_other_are_named(tmp_path):
     write(tmp_path / "1.parquet", pa.table({"a": [1]}))
     write(tmp_path / "2.parquet", pa.table({"a": ["text"]}))
