@@ -20,8 +20,8 @@ class Store(Protocol):
     """A folder. Names are relative to ``root`` and use ``/``.
 
     What a method promises to be durable is so when it returns, the folder's entry included unless the method says
-    otherwise. Every failure is an error that names the file and may pass, unless the method says otherwise: a WriteError on a
-    disk, a StoreError elsewhere.
+    otherwise. Every failure names the file and may pass, a WriteError on a disk and a StoreError elsewhere, unless the
+    method says otherwise.
     """
 
     root: Any  # what people call it; its ``str`` leads back to it
