@@ -6,19 +6,23 @@ Credentials and endpoints come from the variables that each cloud's own tools re
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import queue
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from batchinfer.errors import BatchInferError, JobError, StoreError
+from batchinfer.errors import JobError, StoreError
 from batchinfer.location import redacted
 
 PATIENCE = 240.0  # seconds for which a request that fails in passing is tried again
+FIRST_PATIENCE = 20.0  # until a bucket has answered once: its address may be wrong
 PAUSES = (0.2, 30.0)  # seconds before the second try, and at most
 CLIENT = {"connect_timeout": "10s", "timeout": "2m"}
 CREDENTIALS = {
@@ -28,9 +32,11 @@ CREDENTIALS = {
     "abfs": "AZURE_STORAGE_ACCOUNT_KEY",
     "abfss": "AZURE_STORAGE_ACCOUNT_KEY",
 }
+METADATA = ("169.254.169.254", "metadata.google")  # who is asked for credentials where there are none
 MAY_PASS = (408, 409, 425, 429)  # of the statuses that blame the request
 Condition = dict[str, str]  # what a request carries that is about one version of an object alone
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,10 @@ def open_bucket(url: str) -> Bucket:
         raise JobError(f'{url} needs the package obstore: pip install "batchinfer[cloud]"') from None
     plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
     bucket, client = Bucket(url), {**CLIENT, "allow_http": plain}
-    # its own retries leave out conditional puts whose connection broke, and answers that broke in the middle
-    retry = {"max_retries": 0}
-    bucket.store = bucket.ask("open", "", lambda: from_url(url, client_options=client, retry_config=retry))
+    try:  # its own retries leave out conditional puts whose connection broke, and answers that broke in the middle
+        bucket.store = from_url(url, client_options=client, retry_config={"max_retries": 0})
+    except Exception as error:
+        raise bucket.explained(error, f"cannot open {url}", url) from None
     return bucket
 
 
@@ -75,12 +82,13 @@ class Bucket:
 
     Attributes:
         in_trouble: whether the last request ended in a StoreError.
+        answered: whether one was answered.
     """
 
     store: Any
 
     def __init__(self, url: str) -> None:
-        self.url, self.in_trouble = url, False
+        self.url, self.in_trouble, self.answered = url, False, False
 
     def head(self, key: str) -> Version:
         import obstore
@@ -152,21 +160,88 @@ class Bucket:
             doing, key: what to say if it cannot be.
         """
         url = f"{self.url}/{key}".rstrip("/")
-        end, pause = time.monotonic() + PATIENCE, PAUSES[0]
+        begun, pause = time.monotonic(), PAUSES[0]
         while True:
             try:
-                answer = request()
-                self.in_trouble = False
+                answer = _on_a_thread(request)
+                self.in_trouble, self.answered = False, True
                 return answer
             except Exception as error:
-                told = _explained(error, doing, url, self.url)
+                told = self.explained(error, f"cannot {doing} {url}", url)
                 if told is error:
                     raise
                 self.in_trouble = isinstance(told, StoreError)
-                if not self.in_trouble or time.monotonic() + pause > end:
+                patience = PATIENCE if self.answered else min(PATIENCE, FIRST_PATIENCE)
+                if not self.in_trouble:
                     raise told from None  # obstore's own words may hold a signed URL
+                if time.monotonic() + pause > begun + patience:
+                    raise StoreError(
+                        f"{told}, however often it was tried. Nothing committed is lost: run the same command again "
+                        "once the store answers"
+                    ) from None
+                log.debug("%s; trying again", told)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSES[1])
+
+    def explained(self, error: Exception, begin: str, url: str) -> Exception:
+        """What an exception of obstore's means here; itself if it is none."""
+        from obstore import exceptions as known
+
+        said = str(error)
+        if "NoSuchBucket" in said or "ContainerNotFound" in said or "The specified bucket does not exist" in said:
+            return JobError(f"{begin}: there is no bucket {self.url}")
+        if isinstance(error, FileNotFoundError):
+            self.answered = True
+            return FileNotFoundError(2, "No such object", url)
+        if isinstance(error, (known.AlreadyExistsError, known.PreconditionError)):
+            self.answered = True
+            return Changed(url)
+        if not isinstance(error, known.BaseError) and "Could not parse path" not in said:
+            return error
+        status, code = re.search(r"status code: (\d{3})", said), re.search(r"<Code>(\w+)</Code>", said)
+        number = int(status[1]) if status else 0
+        shown = " ".join(filter(None, [f"status {number}" if number else "", code[1] if code else ""]))
+        shown = shown or _broken(said) or redacted(said.splitlines()[0].rpartition(" - ")[2])
+        variables = CREDENTIALS[self.url.partition("://")[0]]
+        if "MissingAccount" in said or (not self.answered and any(host in said for host in METADATA)):
+            return JobError(f"{begin}: no credentials found; set {variables} in the environment")
+        if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)) or number in (401, 403):
+            return JobError(
+                f"{begin}: access denied ({shown}); look at {variables}, the endpoint and the region in the environment"
+            )
+        wrong = (known.NotSupportedError, known.InvalidPathError, known.UnknownConfigurationKeyError, ValueError)
+        if isinstance(error, wrong) or (300 <= number < 500 and number not in MAY_PASS):
+            return JobError(f"{begin}: {shown}")
+        return StoreError(f"{begin}: {shown}")
+
+
+def _on_a_thread(request: Callable[[], T]) -> T:
+    """Make a request on a thread of its own if this is the main one, which could not act on a signal until it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        return request()
+    answers: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((request(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, name="batchinfer-request", daemon=True).start()
+    answer, error = answers.get()
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
+
+
+def _broken(said: str) -> str:
+    """How a connection failed, out of the depths of what obstore says."""
+    kind = re.search(r"HttpError \{\s*kind: (\w+)", said)
+    if kind is None:
+        return ""
+    why = re.search(r'(?:message|error): "([^"]+)"', said)
+    told = {"Timeout": "no answer in time", "Connect": "no connection"}.get(kind[1], "the connection broke")
+    return f"{told} ({why[1]})" if why else told
 
 
 def _version(meta: Any) -> Version:
@@ -176,42 +251,3 @@ def _version(meta: Any) -> Version:
 
 def _condition(told: Any) -> Condition:
     return {name: told[name] for name in ("e_tag", "version") if told[name]}
-
-
-def _explained(error: Exception, doing: str, url: str, bucket: str) -> Exception:
-    """What an exception of obstore's means here; itself if it is none."""
-    from obstore import exceptions as known
-
-    said = str(error)
-    if "NoSuchBucket" in said or "ContainerNotFound" in said or "The specified bucket does not exist" in said:
-        return JobError(f"cannot {doing} {url}: there is no bucket {bucket}")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(2, "No such object", url)
-    if isinstance(error, (known.AlreadyExistsError, known.PreconditionError)):
-        return Changed(url)
-    if isinstance(error, known.BaseError) or "Could not parse path" in said:
-        return _about(error, said, f"cannot {doing} {url}")
-    return error
-
-
-def _about(error: Exception, said: str, begin: str) -> BatchInferError:
-    from obstore import exceptions as known
-
-    status, code = re.search(r"status code: (\d{3})", said), re.search(r"<Code>(\w+)</Code>", said)
-    number = int(status[1]) if status else 0
-    shown = " ".join(filter(None, [f"status {number}" if number else "", code[1] if code else ""]))
-    shown = shown or redacted(said.splitlines()[0].rpartition(" - ")[2]).strip()
-    variables = next(told for scheme, told in CREDENTIALS.items() if f" {scheme}://" in begin)
-    if "169.254.169.254" in said or "metadata.google" in said or "MissingAccount" in said:
-        return JobError(f"{begin}: no credentials found; set {variables} in the environment")
-    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)) or number in (401, 403):
-        return JobError(
-            f"{begin}: access denied ({shown}); look at {variables}, the endpoint and the region in the environment"
-        )
-    wrong = (known.NotSupportedError, known.InvalidPathError, known.UnknownConfigurationKeyError, ValueError)
-    if isinstance(error, wrong) or (300 <= number < 500 and number not in MAY_PASS):
-        return JobError(f"{begin}: {shown}")
-    return StoreError(
-        f"{begin}: {shown or 'no answer'}, however often it was tried. Nothing committed is lost: run the same command "
-        "again once the store answers"
-    )
