@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 import uuid
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -36,21 +38,23 @@ class Lease:
         self._lost = ""
         while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
             pass  # another was quicker, and will be named
-        self._mine = mine
+        self._mine, self._renewed = mine, time.monotonic()
         _held.add(self._holder["run"])
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="batchinfer-lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
+        if not self._lost and time.monotonic() - self._renewed > STALE:  # it was frozen a moment ago
+            self._find()
         if self._lost:
-            raise LockedError(f"{self._lost}; what it committed stays")
+            raise LockedError(f"{self._lost}; what this run committed stays")
 
     def release(self, leave_trace: bool = True) -> None:
         _held.discard(self._holder["run"])
         self._ended.set()
         self._thread.join(1.0)
-        if not self._lost:
+        if not self._lost and not self._store.bucket.in_trouble and self._find():
             self._store.remove([self._name])
 
     @staticmethod
@@ -68,23 +72,23 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(BEAT):
             self._beats += 1
-            try:
-                self._mine = self._store.swap(self._name, self._content(), self._mine) or self._seen()
-            except LockedError as lost:
-                self._lost = str(lost)
-                return
-            except BatchInferError:
-                continue  # the store has trouble, which the run will meet by itself
+            with contextlib.suppress(BatchInferError):  # the store has trouble, which the run will meet by itself
+                mine = self._store.swap(self._name, self._content(), self._mine) or self._find()
+                if mine is None:
+                    return
+                self._mine, self._renewed = mine, time.monotonic()
 
-    def _seen(self) -> Condition:
-        """The lock as it stands: this run's after all, if the answer to an earlier renewal got lost."""
+    def _find(self) -> Condition | None:
+        """The version of the lock if it is this run's still: the answer to a renewal may have got lost."""
         try:
             found, content = self._store.version(self._name), self._store.read(self._name)
         except FileNotFoundError:
-            raise LockedError(f"the lock of this run, {self._store.path(self._name)}, is gone") from None
-        if json.loads(content)["run"] != self._holder["run"]:
-            raise LockedError(f"{self._output} was taken over by another run{who(content)}, as this one seemed dead")
-        return found.condition
+            self._lost = f"the lock of this run, {self._store.path(self._name)}, is gone"
+            return None
+        if json.loads(content).get("run") == self._holder["run"]:
+            return found.condition
+        self._lost = f"{self._output} was taken over by another run{who(content)}, as this one seemed dead"
+        return None
 
 
 def _free(store: ObjectStore, name: str, output: Any) -> Condition:

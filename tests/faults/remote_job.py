@@ -1,10 +1,12 @@
 """A run from and to an object store, to be killed: ``python -m tests.faults.remote_job FOLDER SECONDS_A_ROW IN OUT``.
 
-As job.py, of which the engine is. With ``unlocked`` as a last word its lease keeps nobody out.
+As job.py, of which the engine is. With ``unlocked`` as a last word no lease keeps it out; with ``elsewhere`` it counts
+as a run on another machine.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +26,8 @@ def main() -> int:
     if how == ["unlocked"]:
         lease._is_dead = lambda content: True
         lease.Lease.check = lambda self: None
+    if how == ["elsewhere"]:
+        socket.gethostname = lambda: "elsewhere"
     try:
         job = echo_job(
             Noting.folder,

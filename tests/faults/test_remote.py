@@ -167,3 +167,21 @@ def test_input_and_output_may_lie_in_different_places(tmp_path, bucket, table, s
     done = run_echo(job(bucket, tmp_path, input__path=f"{places[source]}/in", output__path=f"{places[target]}/out"))
     out = bucket.read() if target == "bucket" else pq.read_table(tmp_path / "out")
     assert done.exit_code == 0 and out["id"].to_pylist() == list(range(sum(ROWS)))
+
+
+@pytest.mark.slow
+def test_a_frozen_run_is_taken_over_from_another_machine_and_does_no_harm_when_it_thaws(tmp_path, bucket, table):
+    first = start(tmp_path, bucket, 0.01)
+    time.sleep(0.8)
+    first.send_signal(signal.SIGSTOP)
+    refused, code = 0, 5
+    while code == 5:
+        second = start(tmp_path, bucket, 0.001, "elsewhere")
+        _, said = second.communicate(timeout=60)
+        code = second.returncode
+        refused += code == 5 and f"process {first.pid} on" in said
+    assert code == 0 and refused >= 1
+    first.send_signal(signal.SIGCONT)
+    assert finish(first) == 5
+    assert finish(start(tmp_path, bucket, 0.0)) == 0  # clears what the first had staged
+    check(bucket, table)
