@@ -109,4 +109,5 @@ class Load:
     completion_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    peak_rss: int = 0  # bytes, of processes of the engine's own
     details: dict[str, Any] = field(default_factory=dict)  # backend-specific, goes into summary.json as it is

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.backends import Backend, open_backend
+from batchinfer.backends.retries import with_retries
 from batchinfer.data.feed import Feed
 from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
@@ -205,7 +206,7 @@ def work(
         with sink, journal, feed, told:
             signals.phase = "work"
             try:
-                for completion in backend.generate(feed.requests()):
+                for completion in with_retries(backend, feed.requests(), job.limits.retries):
                     feed.outstanding -= 1
                     journal.add(completion)
                     if halt.error is not None:

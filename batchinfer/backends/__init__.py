@@ -28,7 +28,12 @@ def open_backend(job: Job, progress: bool = True) -> Backend:
         ModelError: the model or the plan cannot be used.
         EngineError: the engine died while it was opened.
     """
-    return open_engine(job, progress)
+    if job.engine.isolation == "none" or (job.engine.isolation == "auto" and job.engine.backend == "echo"):
+        return open_engine(job, progress)
+    from batchinfer.backends.process import ProcessBackend
+
+    wants = getattr(_engine(job), "isolation", lambda job: Isolation())
+    return ProcessBackend(job, progress, isolation=wants(job))
 
 
 def open_engine(job: Job, progress: bool = True) -> Backend:

@@ -136,7 +136,7 @@ def _tiles(found: Survey) -> str:
         preempted = int(sum(run.points["preemptions"][-1] for run in found.runs if run.seconds))
         tiles.append(("KV peak", f"{peak:.0%}", f"{preempted:,} preemption{'s' * (preempted != 1)}"))
     if memory := found.summary.get("peak_rss_bytes"):
-        tiles.append(("Memory peak", f"{memory / 2**30:.2f} GiB", "of the last run's process"))
+        tiles.append(("Memory peak", f"{memory / 2**30:.2f} GiB", "of the last run"))
     cells = "".join(
         f'<div class="tile"><span>{name}</span><b{_bad(name, job.failed)}>{value}</b><span>{said}</span></div>'
         for name, value, said in tiles

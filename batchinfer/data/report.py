@@ -47,7 +47,7 @@ class Summary:
     seconds: float = 0.0  # wall time of this run, engine loading included
     load: Load | None = None  # the engine's own counters; None if it was not needed
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage; threads overlap
-    peak_rss: int = 0  # bytes
+    peak_rss: int = 0  # bytes, of this process and of the engine's together
     reason: str = ""  # why it stopped early
     shard: str = ""  # "0/4", if it is one's
     whole: Summary | None = None
@@ -154,7 +154,7 @@ def summarize(
         seconds=seconds,
         load=load,
         stages=stages or {},
-        peak_rss=peak_rss(),
+        peak_rss=peak_rss() + (load.peak_rss if load else 0),
         reason="" if complete else reason,
         shard=str(ledger.shard or ""),
         whole=whole,

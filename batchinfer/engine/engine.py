@@ -252,7 +252,8 @@ class Engine:
         self.counters.completion_tokens += sum(len(s.completion_ids) for s in entry.sequences)
         if any(s.finish_reason == "error" for s in entry.sequences):
             error = "the model's logits were not finite for this prompt"
-            return Completion(request.key, prompt_tokens=prompt_tokens, error=error)
+            # An overflow comes again and costs one more try; a fault of the memory does not.
+            return Completion(request.key, prompt_tokens=prompt_tokens, error=error, retryable=True)
         return Completion(request.key, tuple(map(self._output, entry.sequences)), prompt_tokens, cached)
 
     def _output(self, sequence: Sequence) -> Output:
