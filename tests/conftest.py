@@ -59,6 +59,6 @@ def bucket(s3_server, monkeypatch):
     module.open_bucket.cache_clear()
     proxy.requests.clear()
     proxy.faults.clear()
-    proxy.sent = 0
+    proxy.sent, proxy.deaf = 0, False
     yield made
     proxy.fault = lambda method, path: None

@@ -61,6 +61,7 @@ class Proxy(ThreadingHTTPServer):
         self.fault: Callable[[str, str], str | None] = lambda method, path: None
         self.requests: Counter[str] = Counter()  # by method
         self.sent = 0  # bytes of answers
+        self.deaf = False  # to the conditions of requests, as some stores are
         self.faults: Counter[str] = Counter()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -86,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1.5 if fault == "slow" else 0)
             return self._break()
         server = http.client.HTTPConnection("127.0.0.1", proxy.server, timeout=30)
-        server.request(self.command, self.path, body, dict(self.headers))
+        told = {n: v for n, v in self.headers.items() if not (proxy.deaf and n.lower().startswith("if-"))}
+        server.request(self.command, self.path, body, told)
         answer = server.getresponse()
         data, headers = answer.read(), dict(answer.getheaders())
         server.close()

@@ -143,6 +143,21 @@ def test_an_output_that_holds_something_else_is_not_written_into(folder, bucket)
     assert bucket.names("out") == ["out/mine.txt"]
 
 
+def test_a_store_that_is_deaf_to_conditions_is_refused(folder, bucket):
+    bucket.proxy.deaf = True
+    said = invoke("run", "job.toml", code=2).stderr
+    assert f"{bucket.url} does not honour If-None-Match" in said
+    assert bucket.names("out") == bucket.names("out.batchinfer") == []
+
+
+def test_folders_that_a_console_made_are_no_objects(folder, bucket):
+    for name in ("out/", "out.batchinfer/", "in/", "in/day=1/", "in/day=3/"):
+        bucket.fs.create_dir(f"{bucket.name}/{name}", recursive=True)
+    assert "300 rows" in invoke("run", "job.toml").stdout
+    assert "300 rows" in invoke("run", "job.toml", "--set", f"input.path={bucket.url}/in/*").stdout
+    assert len(bucket.read()) == 300
+
+
 def test_a_wrong_bucket_is_one_line(folder, bucket):
     for key in ("input.path", "output.path"):
         said = invoke("run", "job.toml", "--set", f"{key}=s3://no-such-bucket/x", code=2).stderr

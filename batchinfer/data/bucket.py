@@ -13,7 +13,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -144,14 +144,14 @@ class Bucket:
         import obstore
 
         found = self.ask("list", folder, lambda: [m for some in obstore.list(self.store, folder or None) for m in some])
-        return sorted(map(_version, found), key=lambda version: version.key)
+        return sorted(_objects(found), key=lambda version: version.key)
 
     def list_folder(self, folder: str) -> tuple[list[Version], list[str]]:
         """The objects right in a folder, and the folders in it, both with their whole keys."""
         import obstore
 
         found = self.ask("list", folder, lambda: obstore.list_with_delimiter(self.store, folder or None))
-        return [_version(meta) for meta in found["objects"]], list(found["common_prefixes"])
+        return list(_objects(found["objects"])), list(found["common_prefixes"])
 
     def ask(self, doing: str, key: str, request: Callable[[], T]) -> T:
         """Make a request until it is answered.
@@ -210,7 +210,7 @@ class Bucket:
                 f"{begin}: access denied ({shown}); look at {variables}, the endpoint and the region in the environment"
             )
         wrong = (known.NotSupportedError, known.InvalidPathError, known.UnknownConfigurationKeyError, ValueError)
-        if isinstance(error, wrong) or (300 <= number < 500 and number not in MAY_PASS):
+        if isinstance(error, wrong) or number == 501 or (300 <= number < 500 and number not in MAY_PASS):
             return JobError(f"{begin}: {shown}")
         return StoreError(f"{begin}: {shown}")
 
@@ -242,6 +242,12 @@ def _broken(said: str) -> str:
     why = re.search(r'(?:message|error): "([^"]+)"', said)
     told = {"Timeout": "no answer in time", "Connect": "no connection"}.get(kind[1], "the connection broke")
     return f"{told} ({why[1]})" if why else told
+
+
+def _objects(found: Iterable[Any]) -> Iterator[Version]:
+    """Consoles make empty objects that stand for folders, and nothing else says that those are none."""
+    versions = map(_version, found)
+    return (version for version in versions if version.size or "." in version.key.rpartition("/")[2])
 
 
 def _version(meta: Any) -> Version:

@@ -139,6 +139,14 @@ class ObjectStore:
                 f"{self.root} is not empty (it holds {names[0]}) and no job was begun in it; choose another "
                 "output.path or empty it"
             )
+        probe = f"probe.{uuid.uuid4().hex}"
+        once, twice = control.put_if_absent(probe, b""), control.put_if_absent(probe, b"")
+        control.remove([probe])
+        if not once or twice:
+            raise OutputError(
+                f"{self.bucket.url} does not honour If-None-Match on a put, so that two runs could write a row twice; "
+                "expected a store with conditional writes, as S3, Google and Azure are"
+            )
 
     def lock(self, name: str, output: Any) -> Lease:
         return Lease(self, name, output)
