@@ -56,13 +56,15 @@ def engine(
     runs = sorted((_timed_run(opened, jobs) for _ in range(repeats)), key=lambda run: run["seconds"])
     run = runs[len(runs) // 2]
     peak = _peak_rss_mb()  # before the floor is measured, which takes memory of its own
-    floor = _floor_seconds(opened, jobs)
+    ranks = opened.stage.details()
+    floor = 0.0 if ranks else _floor_seconds(opened, jobs)
+    opened.close()
     return {
         "bench": "engine",
         "model": opened.plan.model,
         "device": opened.plan.fingerprint["device"],
         "dtype": opened.plan.dtype,
-        "kernels": opened.stage.kernels.name,
+        "kernels": opened.stage.kernels_name,
         "batch_size": opened.plan.profile.batch_size,
         "step_tokens": opened.plan.profile.step_tokens,
         "requests": requests,
@@ -72,6 +74,7 @@ def engine(
         "peak_rss_mb": peak,
         "floor_seconds": round(floor, 3),
         "roofline_share": round(floor / run["seconds"], 3),
+        **ranks,
     }
 
 

@@ -207,6 +207,7 @@ class LimitsSection(Section):
 
 class ReportSection(Section):
     log_seconds: float = Field(5.0, gt=0, description="seconds between progress lines where there is no terminal")
+    trace: Some | None = Field(None, description="a file for ui.perfetto.dev: what the engine did when, rank by rank")
 
 
 class JobSection(Section):

@@ -34,6 +34,7 @@ class NativeBackend:
             pp=options.pp,
             pp_partition=options.pp_partition,
             micro_batches=options.micro_batches,
+            trace=job.report.trace,
             prefix_sharing=options.prefix_sharing,
             progress=progress,
             **job.build_options(),
@@ -54,6 +55,7 @@ class NativeBackend:
             completion_tokens=counters.completion_tokens,
             preemptions=scheduler.preemptions,
             steps=counters.steps,
+            details=self.engine.stage.details(),
         )
 
     def close(self) -> None:

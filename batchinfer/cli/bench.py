@@ -25,7 +25,11 @@ repeats_option = click.option("--repeats", type=click.IntRange(1), default=3, sh
 @click.option("--requests", type=click.IntRange(1), default=256, show_default=True)
 @repeats_option
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
-@click.option("--threads", default=0, help="0: all cores this process may use.")
+@click.option("--threads", default=0, help="0: an even share of the cores this process may use.")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each layer.")
+@click.option("--pp", type=click.IntRange(1), default=1, show_default=True, help="Stages the layers are dealt to.")
+@click.option("--micro-batches", type=click.IntRange(0), default=0, help="Steps under way at once; 0: one a stage.")
+@click.option("--batch-size", type=click.IntRange(0), default=0, help="Sequences that run at once; 0: a default.")
 @verbose_option
 def bench_engine(**options: Any) -> None:
     """Tokens a second of the engine alone, on chat-like requests."""

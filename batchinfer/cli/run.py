@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--deadline", metavar="06:00", help="Stop taking up rows then; or an ISO date and time.")
 @click.option("--max-time", metavar="4h", help="Stop taking up rows after that long: 4h, 90m, 1h30m.")
 @click.option("--shard", metavar="I/N", help="Share the job with other runs: 0/4 is the first of four; or auto.")
+@click.option("--trace", metavar="FILE", help="Write what the engine did when, for ui.perfetto.dev.")
 @set_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
@@ -80,6 +81,7 @@ _FLAGS = {
     "on_input_change": "input.on_change",
     "deadline": "limits.deadline",
     "max_time": "limits.max_time",
+    "trace": "report.trace",
     "shard": "job.shard",
 }
 

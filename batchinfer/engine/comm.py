@@ -27,6 +27,7 @@ class Peers(Protocol):
     """The ranks beside this one. Tensors between two ranks arrive in the order in which they were sent."""
 
     on_this_device: int  # ranks that live on the same memory, this one included
+    sent: int  # bytes that went to others, those of sums and gatherings included
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over this stage's ranks, the same bits on each. ``x`` may be overwritten."""
@@ -157,6 +158,7 @@ class SharedPeers:
         seats = [Seat(arena, r, team_bytes if layout.tp > 1 else 0, deadline) for r in range(layout.size)]
         self._seat, self._table = seats[rank], [seats[r] for r in layout.team(rank)]
         self._meetings = 0
+        self.sent = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return functools.reduce(torch.add, self._meet(x, [x.shape] * len(self._table)))
@@ -169,6 +171,7 @@ class SharedPeers:
         """Everyone's tensor, good until the next meeting."""
         buffer = self._meetings % 2
         self._meetings += 1
+        self.sent += x.nbytes * (len(self._table) - 1)
         _view(self._seat.buffers[buffer], x.shape, x.dtype).copy_(x)
         self._seat.filled.raise_to(self._meetings)
         parts = []
@@ -178,6 +181,7 @@ class SharedPeers:
         return parts
 
     def send(self, to: int, x: Tensor) -> None:
+        self.sent += x.nbytes
         self._rings[self._rank, to].send(x)
 
     def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -201,14 +205,17 @@ class DistributedPeers:
         for team in teams:  # every rank takes part in making every group
             teams[team] = dist.new_group(list(team), timeout=patience) if layout.tp > 1 else None
         self._team = teams[layout.team(rank)]
+        self.sent = 0
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        self.sent += x.nbytes * (dist.get_world_size(self._team) - 1)
         dist.all_reduce(x, group=self._team)
         return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+        self.sent += x.nbytes
         padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1]))
         first = dist.get_group_rank(self._team, dist.get_rank()) == 0
         parts = [torch.empty_like(padded) for _ in widths] if first else None
@@ -216,6 +223,7 @@ class DistributedPeers:
         return torch.cat([part[:, :width] for part, width in zip(parts, widths)], dim=1) if first else None
 
     def send(self, to: int, x: Tensor) -> None:
+        self.sent += x.nbytes
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         self._sending.append((dist.isend(x, to), x))

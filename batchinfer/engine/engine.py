@@ -20,6 +20,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
 from batchinfer.engine.stage import Stage, Tokens
 from batchinfer.engine.text import Text
+from batchinfer.engine.trace import ENGINE, Trace
 from batchinfer.errors import EngineError, ModelError
 from batchinfer.host import available_cores
 from batchinfer.request import Completion, Output, Request, SamplingParams
@@ -72,6 +73,7 @@ class Engine:
         pp_partition: tuple[int, ...] = (),
         micro_batches: int = 0,
         prefix_sharing: bool = True,
+        trace: str | Path | None = None,
         **build_options: Any,
     ) -> None:
         """
@@ -84,19 +86,27 @@ class Engine:
             pp_partition: layers of each stage; none given: dealt by measured time.
             micro_batches: steps under way at once in the stages, 0 for one a stage.
             prefix_sharing: share KV pages between requests that begin alike.
+            trace: a file to write when the engine is closed, for ui.perfetto.dev: what ran where and when.
             build_options: passed to ``build``.
 
         Raises:
             ModelError: the model or plan cannot be used here.
         """
         self.plan = open_plan(model, **build_options)
+        self.trace = Trace() if trace else None
+        self._trace_file = trace
         if tp * pp == 1:
             torch.set_num_threads(threads or available_cores())
             self.stage: Stage | Pipeline = Stage(self.plan, kv_cache_gib)
         else:
             layout = Layout(tp, partition(self.plan, tp, pp, pp_partition))
             self.stage = Pipeline(
-                self.plan, layout, kv_cache_gib=kv_cache_gib, threads=threads, micro_batches=micro_batches
+                self.plan,
+                layout,
+                kv_cache_gib=kv_cache_gib,
+                threads=threads,
+                micro_batches=micro_batches,
+                trace=self.trace,
             )
         self.text = Text(self.plan.tokenizer_dir)
         self.prefix_sharing = prefix_sharing
@@ -156,7 +166,9 @@ class Engine:
             self._generating = False
 
     def close(self) -> None:
-        """End the ranks that are processes of their own; without a call they end with this one."""
+        """Write the trace, and end the ranks that are processes of their own; they would end with this one too."""
+        if self.trace is not None:
+            self.trace.write(self._trace_file, {ENGINE: "engine", **self.stage.rank_names()})
         self.stage.close()
 
     def _forget(self) -> None:
@@ -237,6 +249,10 @@ class Engine:
         counters.schedule_seconds += scheduled - begun
         counters.compute_seconds += computed - scheduled
         counters.collect_seconds += time.perf_counter() - computed
+        if self.trace is not None:
+            self.trace.add(ENGINE, "schedule", begun, scheduled)
+            self.trace.add(ENGINE, "wait for tokens", scheduled, computed, rows=len(token_ids))
+            self.trace.add(ENGINE, "collect", computed, time.perf_counter(), finished=len(completions))
         return completions
 
     def _collect(self, sequence: Sequence) -> Completion | None:

@@ -30,6 +30,11 @@ class Layout:
         first = self.stage(rank) * self.tp
         return range(first, first + self.tp)
 
+    def name(self, rank: int) -> str:
+        """As people know it."""
+        within = f", share {rank % self.tp + 1} of {self.tp}" if self.tp > 1 else ""
+        return f"rank {rank} (stage {self.stage(rank) + 1} of {len(self.partition)}{within})"
+
     def hops(self) -> Iterator[tuple[int, int]]:
         """Pairs of ranks that the residual stream goes between."""
         return ((rank, rank + self.tp) for rank in range(self.size - self.tp))

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from batchinfer import errors
 from batchinfer.engine.comm import Arena, SharedPeers
 from batchinfer.engine.layout import Layout
 from batchinfer.engine.link import Link, Message, encode
+from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Tokens
+from batchinfer.engine.trace import Trace
 from batchinfer.engine.worker import ARENA_FD, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
@@ -39,13 +42,21 @@ class Pipeline:
     """
 
     def __init__(
-        self, plan: EnginePlan, layout: Layout, *, kv_cache_gib: float, threads: int, micro_batches: int = 0
+        self,
+        plan: EnginePlan,
+        layout: Layout,
+        *,
+        kv_cache_gib: float,
+        threads: int,
+        micro_batches: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         """
         Args:
             kv_cache_gib: memory for KV pages of each rank.
             threads: CPU threads of each rank, 0 for an even share of the cores.
             micro_batches: steps under way at once, 0 for one a stage.
+            trace: gets what the ranks do.
 
         Raises:
             ModelError: the plan cannot be used so.
@@ -56,6 +67,8 @@ class Pipeline:
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
+        self.occupancy = Occupancy(layout.size, self.depth)
+        self.trace = trace
         self._launched = 0
         self._tokens: dict[int, np.ndarray] = {}  # by the number of the step, not asked for yet
         try:
@@ -78,7 +91,7 @@ class Pipeline:
             told["sizes"] = self._sizes(plan)
             arena = self._share_memory(told["sizes"])
         for rank in range(self.layout.size):
-            self._ranks.append(_Rank.start(rank, arena))
+            self._ranks.append(_Rank.start(rank, self.layout.name(rank), arena))
             self._selector.register(self._ranks[-1].link, selectors.EVENT_READ, self._ranks[-1])
             self._ranks[-1].link.send("open", rank=rank, device=rank, **told)
         pages = min(message.fields["count"] for message in self._each("pages"))
@@ -86,7 +99,7 @@ class Pipeline:
             rank.link.send("pages", count=pages)
         self.num_pages = pages
         ready = self._each("ready")
-        self.page_size = ready[0].fields["page_size"]
+        self.page_size, self.kernels_name = ready[0].fields["page_size"], ready[0].fields["kernels"]
 
     def _sizes(self, plan: EnginePlan) -> dict[str, int]:
         """Of what ranks exchange in shared memory."""
@@ -131,16 +144,26 @@ class Pipeline:
             self.close()
             raise
         self._launched += 1
+        self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
         return functools.partial(self._take, number)
 
     def _take(self, number: int) -> np.ndarray:
         while number not in self._tokens:
-            for _, message in self._hear(DEADLINE):
-                if "tokens" in message.fields:
-                    self._tokens[message.fields["step"]] = message.fields["tokens"]
+            for rank, message in self._hear(DEADLINE):
+                self._note(rank, message)
         tokens = self._tokens[number]
         self._tokens = {later: tokens for later, tokens in self._tokens.items() if later > number}
         return tokens
+
+    def _note(self, rank: _Rank, message: Message) -> None:
+        told = message.fields
+        self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
+        if self.trace is not None:
+            name, about = f"step {told['step']}", {"tokens": told["count"]}
+            self.trace.add(rank.number, name, told["begun"], told["ended"], **about)
+        if "tokens" in told:
+            self._tokens[told["step"]] = told["tokens"]
+            self.occupancy.returned(time.perf_counter())
 
     def _hear(self, patience: float) -> list[tuple[_Rank, Message]]:
         """What ranks say next.
@@ -167,6 +190,13 @@ class Pipeline:
     def _died(self, rank: _Rank) -> EngineError:
         return EngineError(f"{rank} of the engine ended: {rank.epitaph()}; run again to go on")
 
+    def details(self) -> dict[str, Any]:
+        """How busy the ranks are, for a summary."""
+        return self.occupancy.details(self.layout.partition)
+
+    def rank_names(self) -> dict[int, str]:
+        return {rank: self.layout.name(rank) for rank in range(self.layout.size)}
+
     def close(self) -> None:
         """End the ranks, whatever they are doing."""
         self._selector.close()
@@ -181,13 +211,14 @@ class Pipeline:
 class _Rank:
     """One rank's process and the link to it."""
 
-    def __init__(self, number: int, process: subprocess.Popen, link: Link) -> None:
+    def __init__(self, number: int, name: str, process: subprocess.Popen, link: Link) -> None:
         self.number = number
+        self.name = name
         self.process = process
         self.link = link
 
     @classmethod
-    def start(cls, number: int, arena: int | None) -> _Rank:
+    def start(cls, number: int, name: str, arena: int | None) -> _Rank:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ) | {LINK_FD: str(theirs.fileno())}
         if arena is not None:
@@ -202,10 +233,10 @@ class _Rank:
             env=environment,
         )
         theirs.close()
-        return cls(number, process, Link(ours))
+        return cls(number, name, process, Link(ours))
 
     def __str__(self) -> str:
-        return f"rank {self.number}"
+        return self.name
 
     def epitaph(self) -> str:
         """How its process ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Stage:
         self.device = torch.device(plan.device)
         dtype = plan.torch_dtype
         self.kernels = select(self.device, dtype)
+        self.kernels_name = self.kernels.name
         attention = self.kernels.attention(
             spec.num_heads,
             spec.num_kv_heads,
@@ -96,6 +98,14 @@ class Stage:
         """Compute a step: keys and values into their pages, and sampled tokens to be asked for."""
         tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
         return lambda: tokens
+
+    def details(self) -> dict[str, Any]:
+        """Nothing beyond what every engine tells."""
+        return {}
+
+    def rank_names(self) -> dict[int, str]:
+        """One rank computes where the engine waits."""
+        return {}
 
     def close(self) -> None:
         """Nothing outlives the process; the memory goes with the object."""

@@ -108,7 +108,6 @@ class Worker:
 
     def serve(self) -> None:
         for step, number in self._steps():
-            waiting = time.perf_counter()
             if self.stage.shard.first:
                 inputs = torch.from_numpy(step.token_ids).to(self.stage.device)
             else:
@@ -121,7 +120,8 @@ class Worker:
             elif (chosen := self.stage.sample(step, out)) is not None:
                 tokens = {"tokens": chosen}
             ended = time.perf_counter()
-            self.link.send("done", step=number, waiting=waiting, begun=begun, ended=ended, **tokens)
+            spent = dict(begun=begun, ended=ended, sent=self.peers.sent, count=step.num_tokens)
+            self.link.send("done", step=number, **spent, **tokens)
 
     def _steps(self) -> Iterator[tuple[StepBatch, int]]:
         """Each step when its turn comes; what it needs of the stage before is expected as soon as it is known."""

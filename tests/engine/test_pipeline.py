@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -32,10 +33,10 @@ def ranks_are_threads(monkeypatch):
 
     class Thread(pipeline._Rank):
         @classmethod
-        def start(cls, number, arena):
+        def start(cls, number, name, arena):
             ours, theirs = socket.socketpair()
             threading.Thread(target=work, args=(Link(theirs), arena, lambda: None), daemon=True).start()
-            return cls(number, None, Link(ours))
+            return cls(number, name, None, Link(ours))
 
         def end(self):
             self.link.close()
@@ -169,3 +170,19 @@ def alive(pid: int) -> bool:
 def test_an_impossible_layout_is_named(models, options, message, ranks_are_threads):
     with pytest.raises(ModelError, match=message):
         Engine(models["llama"], **options, **OPTIONS)
+
+
+def test_a_pipeline_tells_how_busy_its_ranks_are_and_draws_it(models, tmp_path, ranks_are_threads):
+    with contextlib.closing(Engine(models["llama"], tp=2, pp=2, trace=tmp_path / "trace.json", **OPTIONS)) as engine:
+        said(engine)
+        told = engine.stage.details()
+    assert (told["tp"], told["pp"], told["partition"]) == (2, 2, [1, 2])
+    assert 0 < told["bubble"] < 1 and len(told["rank_step_ms"]) == 4
+    assert 0 < told["slot_occupancy"] <= 1 and told["bytes_sent"] > 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = {row: [e for e in events if e["ph"] == "X" and e["tid"] == row] for row in range(5)}
+    assert len({e["args"]["name"] for e in events if e["ph"] == "M"}) == 5
+    for rank in range(1, 5):  # a rank computes one step at a time, in order
+        steps = spans[rank]
+        assert engine.counters.steps - 1 <= len(steps) <= engine.counters.steps == len(spans[0]) / 3
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 0.2 for a, b in zip(steps, steps[1:]))

@@ -1,0 +1,69 @@
+"""Occupancy: how busy the stages of a pipeline are, and what goes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Occupancy:
+    """Adds up what ranks tell about their steps. All times are seconds of ``time.perf_counter``.
+
+    The bubble of a rank is the part of the time with steps under way in which it computed none; waiting for its
+    stage's other ranks within a step counts as computing.
+    """
+
+    def __init__(self, ranks: int, depth: int) -> None:
+        self._depth = depth
+        self._busy = [0.0] * ranks
+        self._bytes = [0] * ranks
+        self._steps = self._tokens = self._samples = 0
+        self._under_way = 0
+        self._since = 0.0  # when the number under way last changed
+        self._wall = self._slots = 0.0  # seconds with steps under way, and those times how many
+
+    def launched(self, tokens: int, samples: int, now: float) -> None:
+        self._move(1, now)
+        self._steps += 1
+        self._tokens += tokens
+        self._samples += samples
+
+    def returned(self, now: float) -> None:
+        self._move(-1, now)
+
+    def _move(self, change: int, now: float) -> None:
+        if self._under_way:
+            self._wall += now - self._since
+            self._slots += (now - self._since) * self._under_way
+        self._under_way += change
+        self._since = now
+
+    def computed(self, rank: int, begun: float, ended: float, sent: int) -> None:
+        """
+        Args:
+            sent: bytes that the rank has sent to others, since it was started.
+        """
+        self._busy[rank] += ended - begun
+        self._bytes[rank] = sent
+
+    def bubbles(self) -> list[float]:
+        """Of each rank, 0..1."""
+        return [max(0.0, 1 - busy / self._wall) if self._wall else 0.0 for busy in self._busy]
+
+    def details(self, partition: Sequence[int]) -> dict[str, Any]:
+        """For a summary."""
+        steps, bubbles = max(1, self._steps), self.bubbles()
+        return {
+            "pp": len(partition),
+            "tp": len(self._busy) // len(partition),
+            "partition": list(partition),
+            "micro_batches": self._depth,
+            "bubble": round(sum(bubbles) / len(bubbles), 4),
+            "rank_bubbles": [round(bubble, 4) for bubble in bubbles],
+            "rank_step_ms": [round(1e3 * busy / steps, 3) for busy in self._busy],
+            "slot_occupancy": round(self._slots / self._wall / self._depth, 4) if self._wall else 0.0,
+            "step_tokens": round(self._tokens / steps, 1),
+            "step_samples": round(self._samples / steps, 1),
+            "bytes_sent": sum(self._bytes),
+            "bytes_sent_per_token": round(sum(self._bytes) / max(1, self._tokens), 1),
+        }
