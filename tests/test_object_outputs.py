@@ -62,7 +62,9 @@ def test_a_job_is_looked_at_run_told_of_verified_and_cleaned(folder, bucket):
     ]
     assert bucket.get("out.batchinfer/_SUCCESS").endswith(b"manifest.json\n")
     assert invoke("report", out).stdout == f"{out}.batchinfer/report.html\n"
+    assert invoke("report", out, "-o", f"{bucket.url}/pages/today.html").stdout == f"{bucket.url}/pages/today.html\n"
     assert b"<!doctype html>" in bucket.get("out.batchinfer/report.html")
+    assert b"<!doctype html>" in bucket.get("pages/today.html")
     bucket.put("out/day=1/part-000000-9.parquet", b"rubbish")
     bucket.put("out.batchinfer/staged/000001.7", b"rubbish")
     bucket.put("out.batchinfer/wal/000001.7.arrows/00000000", b"rubbish")

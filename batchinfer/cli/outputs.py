@@ -33,12 +33,14 @@ def report(job_or_output: str, output: str | None, samples: int) -> None:
     from batchinfer.data.page import page
     from batchinfer.data.store import open_store
     from batchinfer.data.survey import survey
+    from batchinfer.location import is_remote
 
     found = survey(output_of(job_or_output), samples)
-    if output is None:
-        store = open_store(f"{found.output}.batchinfer")
-        store.replace("report.html", page(found).encode())
-        click.echo(str(store.path("report.html")))
+    if output is None or is_remote(output):
+        folder, _, name = (output or f"{found.output}.batchinfer/report.html").rpartition("/")
+        store = open_store(folder)
+        store.replace(name, page(found).encode())
+        click.echo(str(store.path(name)))
         return
     try:
         Path(output).write_text(page(found), "utf-8")

@@ -129,7 +129,8 @@ class Journal(Worker):
     A log is a sequence of frames, each an Arrow IPC message (the schema first, then record batches) with its length and
     CRC, appended with one write and one fsync a group. A row waits for its fsync ``sync_seconds`` at most, and fewer
     than ``sync_rows`` wait, except that syncs keep ``LEAST_GAP`` apart. Rows that complete their unit skip the log, as
-    the unit's part is written at once.
+    the unit's part is written at once. In an object store a sync is one more object for each unit with fresh rows, so
+    that finished rows outlive the machine, less those of the last ``sync_seconds``.
 
     Args:
         retry: the number of the retry that the rows are for; 0: the run.

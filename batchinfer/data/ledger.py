@@ -1,6 +1,7 @@
 """Ledger: what is planned, what is committed, and who may write. The folder OUT.batchinfer/ beside OUT.
 
-    lock, lock.0-of-4 …     flocks of the running processes; they hold pid, host and start (shards.py)
+    lock, lock.0-of-4 …     flocks of the running processes; they hold pid, host and start (shards.py). In an object
+                            store leases that their holders renew (lease.py)
     leases/<epoch>.json     one a run: who, where, since when
     job.json                what decides the completions, written once
     plan-000.parquet        the frozen units and the files they come from (plan.py)

@@ -5,8 +5,7 @@
   its way and the put be tried again, which then finds its own work in its way: each carries a mark by which its writer
   knows it again.
 - Appending to NAME puts numbered objects NAME/00000000, NAME/00000001, …, which are read as one file.
-- Moving copies within the bucket and then removes the source. The bytes of a name never differ, so it may be done
-  again, by whomever.
+- Moving copies within the bucket, in one request, and then removes the source: who finds the source may do it again.
 """
 
 from __future__ import annotations

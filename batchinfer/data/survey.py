@@ -26,6 +26,7 @@ from batchinfer.data.report import SUMMARY, summarize
 from batchinfer.data.series import RunSeries, read_runs
 from batchinfer.data.source import Unit
 from batchinfer.data.stats import Lengths, kind_of
+from batchinfer.errors import DriftError
 from batchinfer.job import PromptSection
 
 MOST_KINDS = 1000  # of failure, told apart
@@ -124,7 +125,7 @@ def survey(output: str, samples: int = 6) -> Survey:
     for commit in commits:
         try:
             _count(ledger, commit, prefix, found)
-        except (OSError, pa.ArrowException):  # on its way into OUT, or damaged, which `verify` tells
+        except (OSError, DriftError, pa.ArrowException):  # on its way into OUT, or damaged, which `verify` tells
             found.unread += 1
     found.samples = list(_samples(ledger, commits, prefix, found.identity["job"], samples))
     return found
@@ -171,7 +172,7 @@ def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, 
                 answered = np.flatnonzero(part.read([names[0]])[names[0]].is_valid().to_numpy())
                 rows = sorted(draw.sample(answered.tolist(), min(wanted, len(answered))))
                 table = part.read([*carried, *names])
-        except (OSError, pa.ArrowException):
+        except (OSError, DriftError, pa.ArrowException):
             continue
         for row in rows:
             cells = {name: to_values(name, table[name].slice(row, 1))[0] for name in (*carried, *names)}
