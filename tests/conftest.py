@@ -56,7 +56,7 @@ def bucket(s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     for name, value in HASTE.items():
         monkeypatch.setattr(module, name, value)
-    module.open_bucket.cache_clear()
+    module._opened.cache_clear()
     proxy.requests.clear()
     proxy.faults.clear()
     proxy.sent, proxy.deaf = 0, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchinfer.data.bucket import open_bucket
+from batchinfer.data.bucket import _opened
 from batchinfer.data.object_store import ObjectStore
 from batchinfer.data.store import LocalStore, open_store
 from batchinfer.errors import ExitCode, JobError, OutputError
@@ -71,14 +71,14 @@ def test_a_whole_bucket_cannot_be_an_output():
 
 @pytest.mark.parametrize("url, kind", [("gs://bucket/out", "GCSStore"), (f"{ABFS}/out", "AzureStore")])
 def test_google_and_azure_stores_are_made_without_being_asked_anything(url, kind):
-    open_bucket.cache_clear()
+    _opened.cache_clear()
     store = open_store(f"{url}/")
     assert isinstance(store, ObjectStore) and type(store.bucket.store).__name__ == kind
     assert store.root == url and store.path("commits/1.json") == f"{url}/commits/1.json"
 
 
 def test_azure_takes_its_account_from_the_environment(monkeypatch):
-    open_bucket.cache_clear()
+    _opened.cache_clear()
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(JobError, match="cannot open az://box: no credentials found; set AZURE_STORAGE_ACCOUNT_NAME"):
         open_store("az://box/out")

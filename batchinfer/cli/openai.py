@@ -44,7 +44,7 @@ def export_openai(job_file: str, output: str, model: str | None, settings: tuple
 @click.command("import-openai")
 @click.argument("job_file", metavar="JOB.toml")
 @click.argument("results", metavar="RESULTS.jsonl...", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, metavar="FOLDER", help="Where the Parquet parts go.")
+@click.option("-o", "--output", required=True, metavar="FOLDER", help="Where the Parquet parts go, a folder or a URL.")
 @set_option
 @json_option
 @verbose_option

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job_file", metavar="[JOB.toml]", required=False)
-@click.option("-i", "--input", "input_path", multiple=True, metavar="PATH", help="Parquet file, glob or folder.")
-@click.option("-o", "--output", "output_path", metavar="FOLDER", help="Where the Parquet parts go.")
+@click.option("-i", "--input", "input_path", multiple=True, metavar="PATH", help="Parquet file, glob, folder or URL.")
+@click.option("-o", "--output", "output_path", metavar="FOLDER", help="Where the Parquet parts go, a folder or a URL.")
 @click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
 @click.option("--template", help="jinja2 over the row's columns: 'Summarise: {{ text }}'.")
 @click.option("--system", help="The system message, jinja2 too.")

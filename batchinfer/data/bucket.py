@@ -33,6 +33,7 @@ CREDENTIALS = {
     "abfss": "AZURE_STORAGE_ACCOUNT_KEY",
 }
 METADATA = ("169.254.169.254", "metadata.google")  # who is asked for credentials where there are none
+VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 MAY_PASS = (408, 409, 425, 429)  # of the statuses that blame the request
 Condition = dict[str, str]  # what a request carries that is about one version of an object alone
 T = TypeVar("T")
@@ -54,12 +55,16 @@ class Changed(Exception):
     """The object is not the version that the request was about."""
 
 
-@functools.lru_cache(64)
 def open_bucket(url: str) -> Bucket:
-    """The bucket of a URL without a key. Nothing is asked of it yet.
+    """The bucket of a URL without a key, as the environment has it now. Nothing is asked of it yet.
 
     Raises: JobError if ``obstore`` is missing, or what is needed to reach it.
     """
+    return _opened(url, frozenset(item for item in os.environ.items() if item[0].startswith(VARIABLES)))
+
+
+@functools.lru_cache(64)
+def _opened(url: str, environment: frozenset[tuple[str, str]]) -> Bucket:
     try:
         from obstore.store import from_url
     except ImportError:

@@ -15,6 +15,7 @@ from batchinfer.data.retries import outcome
 from batchinfer.data.shards import WHOLE, running
 from batchinfer.data.sink import OutputSchema
 from batchinfer.data.source import Source
+from batchinfer.data.store import open_store
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion
@@ -65,6 +66,7 @@ def check_job(job: Job, rows: int = 0) -> Findings:
     source = Source.of(job)
     columns = check_columns(job.prompt, job.sampling, source.schema)
     OutputSchema(job.output, source.schema, ResultSchema(job.sampling.n), job.input.id_column)
+    open_store(job.output.path)
     if job.engine.plan is None:
         ModelSource.resolve(job.model.path)
     elif not os.path.isdir(job.engine.plan):

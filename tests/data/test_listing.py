@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchinfer.data.bucket import open_bucket
+from batchinfer.data.bucket import _opened
 from batchinfer.data.listing import find
 from batchinfer.errors import InputError, JobError
 from tests.echo_jobs import texts, write
@@ -101,6 +101,6 @@ def test_one_job_reads_disks_or_object_stores(bucket, disk):
 
 def test_where_obstore_is_missing_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    open_bucket.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(JobError, match=r'needs the package obstore: pip install "batchinfer\[cloud\]"'):
         find(["s3://bucket/in"], None)

@@ -1,7 +1,7 @@
 """A run from and to an object store, to be killed: ``python -m tests.faults.remote_job FOLDER SECONDS_A_ROW IN OUT``.
 
 As job.py, of which the engine is. With ``unlocked`` as a last word no lease keeps it out; with ``elsewhere`` it counts
-as a run on another machine.
+as a run on another machine; with ``0/2`` it is that shard.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> int:
         lease.Lease.check = lambda self: None
     if how == ["elsewhere"]:
         socket.gethostname = lambda: "elsewhere"
+    shard = {"job__shard": how[0]} if how and "/" in how[0] else {}
     try:
         job = echo_job(
             Noting.folder,
@@ -36,6 +37,7 @@ def main() -> int:
             sampling__temperature=1.0,
             checkpoint__unit_rows=50,
             checkpoint__sync_seconds=0.05,
+            **shard,
         )
         return run_echo(job, Noting).exit_code
     except BatchInferError as error:
