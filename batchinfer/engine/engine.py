@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchinfer.engine.balance import check_partition
 from batchinfer.engine.build import build
 from batchinfer.engine.kv_cache import PagePool
-from batchinfer.engine.layout import Layout, partition
 from batchinfer.engine.pipeline import Pipeline
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
@@ -99,10 +99,12 @@ class Engine:
             torch.set_num_threads(threads or available_cores())
             self.stage: Stage | Pipeline = Stage(self.plan, kv_cache_gib)
         else:
-            layout = Layout(tp, partition(self.plan, tp, pp, pp_partition))
+            check_partition(self.plan, pp, pp_partition)
             self.stage = Pipeline(
                 self.plan,
-                layout,
+                tp,
+                pp,
+                pp_partition,
                 kv_cache_gib=kv_cache_gib,
                 threads=threads,
                 micro_batches=micro_batches,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
-from batchinfer.engine.plan import EnginePlan
-from batchinfer.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,3 @@ class Layout:
         stage = self.stage(rank)
         first = sum(self.partition[:stage])
         return Shard(model, range(first, first + self.partition[stage]), self.tp, rank % self.tp)
-
-
-def partition(plan: EnginePlan, tp: int, pp: int, asked: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Layers of each of ``pp`` stages, as asked for or as even as they go.
-
-    Raises:
-        ModelError: that cannot be.
-    """
-    layers = plan.spec.num_layers
-    if asked and (len(asked) != pp or sum(asked) != layers or min(asked) < 1):
-        raise ModelError(
-            f"engine.pp_partition = {list(asked)} must give each of {pp} stages a layer or more, {layers} in all"
-        )
-    if pp > layers:
-        raise ModelError(f"engine.pp = {pp}, but {plan.model} has {layers} layers and each stage needs one: lower it")
-    return asked or tuple(layers * (stage + 1) // pp - layers * stage // pp for stage in range(pp))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 import batchinfer
 from batchinfer import errors
+from batchinfer.engine.balance import Costs, deal, keep_costs, known_costs
 from batchinfer.engine.comm import Arena, SharedPeers
 from batchinfer.engine.layout import Layout
 from batchinfer.engine.link import Link, Message, encode
@@ -44,7 +46,9 @@ class Pipeline:
     def __init__(
         self,
         plan: EnginePlan,
-        layout: Layout,
+        tp: int,
+        pp: int,
+        partition: tuple[int, ...] = (),
         *,
         kv_cache_gib: float,
         threads: int,
@@ -53,6 +57,7 @@ class Pipeline:
     ) -> None:
         """
         Args:
+            partition: layers of each stage; none given: dealt by the time they take here.
             kv_cache_gib: memory for KV pages of each rank.
             threads: CPU threads of each rank, 0 for an even share of the cores.
             micro_batches: steps under way at once, 0 for one a stage.
@@ -62,17 +67,21 @@ class Pipeline:
             ModelError: the plan cannot be used so.
             EngineError: the ranks did not start.
         """
-        self.layout = layout
-        self.depth = micro_batches or len(layout.partition)
+        threads = threads or max(1, available_cores() // (tp * pp))
+        costs = known_costs(plan, tp, threads)
+        if not partition and (costs or pp == 1):
+            partition = deal(plan.spec.num_layers, pp, costs or Costs(1, 0, 0))
+        self.layout = Layout(tp, partition or (0,) * pp)
+        self.depth = micro_batches or pp
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.occupancy = Occupancy(layout.size, self.depth)
+        self.occupancy = Occupancy(self.layout.size, self.depth)
         self.trace = trace
         self._launched = 0
         self._tokens: dict[int, np.ndarray] = {}  # by the number of the step, not asked for yet
         try:
-            self._start(plan, kv_cache_gib, threads or max(1, available_cores() // layout.size))
+            self._start(plan, kv_cache_gib, threads)
         except BaseException:
             self.close()
             raise
@@ -94,12 +103,23 @@ class Pipeline:
             self._ranks.append(_Rank.start(rank, self.layout.name(rank), arena))
             self._selector.register(self._ranks[-1].link, selectors.EVENT_READ, self._ranks[-1])
             self._ranks[-1].link.send("open", rank=rank, device=rank, **told)
+        if not all(self.layout.partition):
+            self._balance(plan, threads)
         pages = min(message.fields["count"] for message in self._each("pages"))
         for rank in self._ranks:
             rank.link.send("pages", count=pages)
         self.num_pages = pages
         ready = self._each("ready")
         self.page_size, self.kernels_name = ready[0].fields["page_size"], ready[0].fields["kernels"]
+
+    def _balance(self, plan: EnginePlan, threads: int) -> None:
+        """Have the ranks measure, all at once, as they will compute, and tell them which layers are theirs."""
+        told = [message.fields for message in self._each("costs")]
+        costs = Costs(**{name: max(rank[name] for rank in told) for name in told[0]})
+        keep_costs(plan, self.layout.tp, threads, costs)
+        self.layout = replace(self.layout, partition=deal(plan.spec.num_layers, len(self.layout.partition), costs))
+        for rank in self._ranks:
+            rank.link.send("partition", partition=self.layout.partition)
 
     def _sizes(self, plan: EnginePlan) -> dict[str, int]:
         """Of what ranks exchange in shared memory."""

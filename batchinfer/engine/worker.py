@@ -6,6 +6,7 @@ whoever held the other end is gone, and so is the rank, whatever it was about to
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import queue
@@ -15,13 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 
+from batchinfer.engine.balance import measure
 from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers
 from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Layout
@@ -58,7 +60,8 @@ def work(link: Link, arena: int | None, orphaned: Callable[[], None]) -> None:
         orphaned()
     except Exception as error:
         expected = isinstance(error, BatchInferError)
-        link.send("failed", error=type(error).__name__, message=str(error), expected=expected)
+        with contextlib.suppress(OSError):
+            link.send("failed", error=type(error).__name__, message=str(error), expected=expected)
         if not expected:
             raise
 
@@ -86,6 +89,8 @@ class Worker:
         if plan.device == "cuda":
             torch.cuda.set_device(told["device"])
         self.peers = self._join(told, plan, arena)
+        if not all(self.layout.partition):
+            self.layout = replace(self.layout, partition=self._measure(plan))
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
         self.hidden_size = plan.spec.hidden_size
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
@@ -100,6 +105,11 @@ class Worker:
         host, port = told["store"]
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=told["deadline"]))
         return DistributedPeers(self.layout, self.rank, told["deadline"], store=store, device=torch.device(plan.device))
+
+    def _measure(self, plan: EnginePlan) -> tuple[int, ...]:
+        """Tell what layers, embedding and head cost here; learn who gets which."""
+        self.link.send("costs", **asdict(measure(plan, self.layout.tp, self.rank % self.layout.tp)))
+        return tuple(self.inbox.get().fields["partition"])
 
     def _agree(self, pages: int) -> int:
         """The fewest pages that any rank can hold."""

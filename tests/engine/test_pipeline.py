@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from batchinfer import Engine, SamplingParams
 from batchinfer.engine import pipeline
+from batchinfer.engine.balance import Costs, deal
 from batchinfer.engine.link import Link
 from batchinfer.engine.worker import work
 from batchinfer.errors import EngineError, ModelError
@@ -186,3 +188,27 @@ def test_a_pipeline_tells_how_busy_its_ranks_are_and_draws_it(models, tmp_path, 
         steps = spans[rank]
         assert engine.counters.steps - 1 <= len(steps) <= engine.counters.steps == len(spans[0]) / 3
         assert all(a["ts"] + a["dur"] <= b["ts"] + 0.2 for a, b in zip(steps, steps[1:]))
+
+
+@pytest.mark.parametrize("pp", [2, 3, 4, 8])
+@pytest.mark.parametrize("costs", [Costs(1, 0, 0), Costs(1, 0.1, 20), Costs(1, 3, 1)])
+def test_no_other_partition_has_a_faster_slowest_stage(pp, costs):
+    found = deal(16, pp, costs)
+    assert sum(found) == 16 and min(found) >= 1
+    others = (p for p in itertools.product(range(1, 16), repeat=pp - 1) if sum(p) < 16) if pp < 5 else [found[1:]]
+    assert max(costs.stages(found)) <= min(max(costs.stages((*p, 16 - sum(p)))) for p in others) + 1e-9
+
+
+def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, ranks_are_threads):
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path))
+    with contextlib.closing(Engine(models["llama"], pp=2, threads=1, **OPTIONS)) as engine:
+        [kept] = (tmp_path / "costs").iterdir()
+        costs = Costs(**json.loads(kept.read_text()))
+        assert min(costs.layer, costs.embedding, costs.head) > 0
+        assert engine.stage.layout.partition == deal(3, 2, costs)
+    kept.write_text(json.dumps({"layer": 1.0, "embedding": 5.0, "head": 0.0}))
+    with contextlib.closing(Engine(models["llama"], pp=2, threads=1, **OPTIONS)) as engine:
+        assert engine.stage.layout.partition == (1, 2)
+    kept.write_text(json.dumps({"layer": 1.0, "embedding": 0.0, "head": 9.0}))
+    with contextlib.closing(Engine(models["llama"], pp=2, threads=1, **OPTIONS)) as engine:
+        assert engine.stage.layout.partition == (2, 1)

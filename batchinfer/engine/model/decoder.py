@@ -107,7 +107,7 @@ class Decoder:
         tokens = len(inputs)
         normed, q, attended = self._normed[:tokens], self._q[:tokens], self._attended[:tokens]
         activated = self._activated[:tokens]
-        residual = self._embed(inputs) if self.shard.first else inputs
+        residual = self.embed(inputs) if self.shard.first else inputs
         delta = None
         for layer, cache in zip(self.layers, caches, strict=True):
             kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, normed)
@@ -124,7 +124,8 @@ class Decoder:
             return residual.add_(delta)
         return self.head(kernels.add_rms_norm(residual, delta, self.norm, eps, normed))
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream that the layers begin with, float32 ``[tokens, hidden]``."""
         if self.shard.tp == 1:
             return self.embedding[token_ids].float()
         places = token_ids - self.shard.vocabulary.start

@@ -1,0 +1,137 @@
+"""Balance: how many layers each stage gets, by the time that layers, embedding and head take on this machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from batchinfer.cache import cache_root, digest
+from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
+from batchinfer.engine.model.shard import Shard
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.stage import Stage
+from batchinfer.errors import ModelError
+
+SAMPLED = 0.4  # of a step's tokens, with prompts somewhat longer than completions: the head runs on these alone
+_ROWS, _CONTEXT = 128, 128  # of the step that is timed
+_SECONDS = 0.15  # spent on timing each part
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds a token."""
+
+    layer: float
+    embedding: float
+    head: float  # and sampling, a sampled token
+
+    def stages(self, partition: tuple[int, ...], sampled: float = SAMPLED) -> list[float]:
+        """Seconds that each stage takes for a token, of which the share ``sampled`` goes through the head."""
+        seconds = [layers * self.layer for layers in partition]
+        seconds[0] += self.embedding
+        seconds[-1] += self.head * sampled
+        return seconds
+
+
+def deal(layers: int, pp: int, costs: Costs) -> tuple[int, ...]:
+    """The partition whose slowest stage is fastest: each layer goes where it makes the least."""
+    partition = [1] * pp
+    for _ in range(layers - pp):
+        after = costs.stages(tuple(count + 1 for count in partition))
+        partition[after.index(min(after))] += 1
+    return tuple(partition)
+
+
+def check_partition(plan: EnginePlan, pp: int, asked: tuple[int, ...]) -> None:
+    """
+    Raises:
+        ModelError: the layers cannot be dealt so.
+    """
+    layers = plan.spec.num_layers
+    if asked and (len(asked) != pp or sum(asked) != layers or min(asked) < 1):
+        raise ModelError(
+            f"engine.pp_partition = {list(asked)} must give each of {pp} stages a layer or more, {layers} in all"
+        )
+    if pp > layers:
+        raise ModelError(f"engine.pp = {pp}, but {plan.model} has {layers} layers and each stage needs one: lower it")
+
+
+@torch.inference_mode()
+def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
+    """Time a rank's share of one layer, the embedding and the head, at a decode step's shape."""
+    model = replace(plan.spec, num_layers=1)
+    stage = Stage(plan, 0.0, Shard(model, range(1), tp, tp_rank))
+    decoder, profile = stage.decoder, plan.profile
+    rows, context = min(_ROWS, profile.step_tokens), min(_CONTEXT, profile.seq_len)
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(stage.device)
+
+    pages = np.arange(rows * -(-context // stage.page_size)).reshape(rows, -1) % stage.num_pages
+    place = context - 1
+    batch = AttentionBatch(
+        positions=tensor(np.full(rows, place)),
+        slots=tensor(pages[:, place // stage.page_size] * stage.page_size + place % stage.page_size),
+        query_starts=tensor(np.arange(rows + 1)),
+        context_lens=tensor(np.full(rows, context)),
+        page_table=tensor(pages),
+        max_query_len=1,
+        max_context_len=context,
+    )
+    token_ids, sampled = tensor(np.arange(rows) % model.vocab_size), torch.arange(rows, device=stage.device)
+    nothing = dict.fromkeys(("seed", "index", "position", "history_rows", "history_lens"), np.zeros(rows, np.int32))
+    off = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), np.zeros(rows, np.float32))
+    greedy = SamplingBatch(**nothing, **off, history=np.zeros((rows, 1), np.int32), all_greedy=True)
+    for cache in stage.caches:
+        cache.zero_()
+    hidden = torch.zeros(rows, model.hidden_size, dtype=plan.torch_dtype, device=stage.device)
+    embedding = _seconds(lambda: decoder.embed(token_ids), stage.device)
+    head = _seconds(lambda: decoder.head(hidden), stage.device)
+    whole = _seconds(lambda: decoder.forward(token_ids, batch, stage.caches, sampled), stage.device)
+    logits = decoder.head(hidden)
+    sampling = _seconds(lambda: stage.kernels.sample(logits, greedy), stage.device)
+    return Costs(max(whole - embedding - head, 1e-9) / rows, embedding / rows, (head + sampling) / rows)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    once()
+    best, until = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < until:
+        best = min(best, once())
+    return best
+
+
+def known_costs(plan: EnginePlan, tp: int, threads: int) -> Costs | None:
+    """As ``keep_costs`` kept them."""
+    try:
+        return Costs(**json.loads(_file(plan, tp, threads).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def keep_costs(plan: EnginePlan, tp: int, threads: int, costs: Costs) -> None:
+    """Remember costs for the next engine of this plan here; where nothing can be written, it measures again."""
+    file = _file(plan, tp, threads)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(costs)), "utf-8")
+    except OSError:
+        pass
+
+
+def _file(plan: EnginePlan, tp: int, threads: int) -> Path:
+    key = digest([plan.fingerprint, plan.dtype, asdict(plan.profile), tp, threads])
+    return cache_root() / "costs" / f"{key[:24]}.json"
