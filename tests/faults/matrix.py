@@ -358,10 +358,10 @@ def main() -> int:
     looks, replaced, *seen = watcher.communicate()[0].splitlines()
     print(*seen, sep="\n", end="\n" if seen else "")
     lost = "0 lost, 0 doubled" if not wrong else f"{wrong} cases WRONG"
+    print(f"{matrix.faults:,} faults, {matrix.rows:,} rows checked, {lost}, {matrix.again:,} computed again")
     print(
-        f"{matrix.faults:,} faults, {matrix.rows:,} rows checked, {lost}, {matrix.again:,} computed again; a reader looked "
-        f"{int(looks):,} times, {replaced} of them twice as a retry had replaced a part, and saw {len(seen)} times what "
-        "must not be"
+        f"a reader looked {int(looks):,} times, {replaced} of them twice as a retry had replaced a part, "
+        f"and saw {len(seen)} times what must not be"
     )
     shutil.rmtree(root, ignore_errors=True)
     return bool(wrong or seen)

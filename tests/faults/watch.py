@@ -1,7 +1,7 @@
 """A reader of outputs that are being written: ``python -m tests.faults.watch FOLDER``, until it is terminated.
 
-Reads the outputs beside FOLDER/*/live again and again, as polars and pyarrow do that know nothing of the run. Prints how
-often it looked, how often a retry replaced a part under its hands so that it had to look again (polars opens a file
+Reads the outputs beside FOLDER/*/live again and again, as polars and pyarrow do that know nothing of the run. Prints
+how often it looked, how often a retry replaced a part under its hands so that it had to look again (polars opens a file
 twice, once for its footer and once for its rows), and what it saw that must not be. Exit code 1 if anything.
 """
 
