@@ -60,13 +60,16 @@ def retry(
     begun = time.perf_counter()
     asked = _Asked.of(job, where, overrides or {})
     limits, halt = asked.job.limits, Halt()
-    with StopSignals(halt) as signals, Deadline(halt, ends_at(limits.deadline, limits.max_time)):
-        try:
-            with Ledger(asked.job.output.path) as ledger:
-                return _retry(asked, ledger, halt, signals, progress, begun)
-        except StopNow:
-            summary = summarize(look(asked.job.output.path), limits.max_failed_fraction)
-            return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
+    try:
+        with (
+            StopSignals(halt) as signals,
+            Deadline(halt, ends_at(limits.deadline, limits.max_time)),
+            Ledger(asked.job.output.path) as ledger,
+        ):
+            return _retry(asked, ledger, halt, signals, progress, begun)
+    except StopNow:
+        summary = summarize(look(asked.job.output.path), limits.max_failed_fraction)
+        return dataclasses.replace(summary, state="stopped", exit_code=ExitCode.STOPPED, reason=halt.reason)
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ def run(
         job = Job.load(job, overrides)
     halt, first, tried = Halt(), job.output.path.rstrip("/") or "/", 1
     end = ends_at(job.limits.deadline, job.limits.max_time)
-    with StopSignals(halt) as signals, Deadline(halt, end), ExitStack() as opened:
-        backend = functools.cache(lambda: opened.enter_context(closing(open_backend(job, progress is not False))))
-        try:
+    try:
+        with StopSignals(halt) as signals, Deadline(halt, end), ExitStack() as opened:
+            backend = functools.cache(lambda: opened.enter_context(closing(open_backend(job, progress is not False))))
             while True:
                 try:
                     return _run(job, first, backend, halt, signals, progress, begun)
@@ -81,8 +81,8 @@ def run(
                 job = job.model_copy(update={"output": job.output.model_copy(update={"path": f"{first}-{tried}"})})
                 if progress is not False:
                     print(f"batchinfer: {taken} is another job's, this one goes to {job.output.path}", file=sys.stderr)
-        except StopNow:
-            return _stopped_before_work(job, halt)
+    except StopNow:
+        return _stopped_before_work(job, halt)
 
 
 def _run(

@@ -20,6 +20,7 @@ from batchinfer.backends.echo import EchoBackend
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.report import first_rows
 from batchinfer.data.store import LocalStore
+from batchinfer.data.threads import Deadline
 from batchinfer.errors import (
     DriftError,
     EngineError,
@@ -459,6 +460,17 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, monkeypatc
     monkeypatch.undo()
     run_echo(job)
     assert read_output(tmp_path)["id"].to_pylist() == list(range(300))
+
+
+def test_a_signal_at_the_very_beginning_is_an_early_stop_as_well(tmp_path, monkeypatch):
+    class Signalled(Deadline):
+        def __init__(self, *args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*args)
+
+    monkeypatch.setattr("batchinfer.runner.Deadline", Signalled)
+    summary = run_echo(simple(tmp_path))
+    assert (summary.state, summary.exit_code, summary.reason) == ("stopped", 75, "SIGTERM")
 
 
 def test_a_missing_part_is_an_integrity_error(tmp_path):

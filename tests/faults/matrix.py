@@ -360,7 +360,7 @@ def main() -> int:
     lost = "0 lost, 0 doubled" if not wrong else f"{wrong} cases WRONG"
     print(f"{matrix.faults:,} faults, {matrix.rows:,} rows checked, {lost}, {matrix.again:,} computed again")
     print(
-        f"a reader looked {int(looks):,} times, {replaced} of them twice as a retry had replaced a part, "
+        f"a reader looked {int(looks):,} times, and {replaced} times again as a retry had replaced a part, "
         f"and saw {len(seen)} times what must not be"
     )
     shutil.rmtree(root, ignore_errors=True)
