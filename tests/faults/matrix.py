@@ -164,7 +164,7 @@ def failing_writes(matrix: Matrix, number: int, once: bool, points: range, retry
     for point in points:
         stand = matrix.copy(done) if done else matrix.stand()
         arm = partial(fail_at, point, number, stand.out, once)
-        code = wait(stand.begin(0.0005, arm, retry=retry))
+        code = wait(stand.begin(0.002, arm, retry=retry))
         assert code in WRITE_FAILED, f"exit code {code} at operation {point}: {stand.said()[-500:]}"
         matrix.done(stand, 1, retry)
 
@@ -189,11 +189,12 @@ def a_full_disk(matrix: Matrix, times: int) -> None:
 
 def size_limits(matrix: Matrix, times: int) -> None:
     """No file may grow beyond a size, which differs each time."""
-    stand = matrix.stand()
+    stand = half_done(matrix)
     for _ in range(times):
-        code = wait(stand.begin(0.0005, partial(limit_files, matrix.chance.randrange(100, 4000))))
+        (stand.folder / "said").unlink()
+        code = wait(stand.begin(0.002, partial(limit_files, matrix.chance.randrange(1000, 4000))))
         assert code in WRITE_FAILED, f"exit code {code}: {stand.said()[-500:]}"
-    matrix.done(stand, times)
+    matrix.done(stand, times + 1)
 
 
 # ---- torn files
