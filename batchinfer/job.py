@@ -152,6 +152,11 @@ class EngineSection(Section):
     pp: int = Field(1, ge=1, description="pipeline stages")
     pp_partition: Integers = Field((), description="layers of each stage; none given: dealt by measured time")
     micro_batches: int = Field(0, ge=0, description="steps under way at once in the stages; 0: one a stage")
+    mode: Literal["colocated", "disaggregated"] = Field(
+        "colocated", description="disaggregated: further ranks compute prompts, those of tp and pp only decode"
+    )
+    prefill_tp: int = Field(1, ge=1, description="tensor-parallel ranks of a stage that computes prompts")
+    prefill_pp: int = Field(1, ge=1, description="pipeline stages that compute prompts")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: an even share of the cores this process may use")
     kv_cache_gib: float = Field(
         0.0, ge=0, description="memory for KV pages a rank; 0: chosen from the profile and free memory"

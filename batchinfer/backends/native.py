@@ -34,6 +34,7 @@ class NativeBackend:
             pp=options.pp,
             pp_partition=options.pp_partition,
             micro_batches=options.micro_batches,
+            prefill=(options.prefill_tp, options.prefill_pp) if options.mode == "disaggregated" else None,
             trace=job.report.trace,
             prefix_sharing=options.prefix_sharing,
             progress=progress,

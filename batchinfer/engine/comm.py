@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchinfer.engine.kernels.cpu.library import library
-from batchinfer.engine.layout import Layout
+from batchinfer.engine.layout import World
 from batchinfer.errors import EngineError
 
 SPIN_SECONDS = 50e-6  # about what a sleeper takes to wake
@@ -140,25 +141,41 @@ class Seat:
         self.buffers = [arena.take(size), arena.take(size)]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of what ranks exchange in shared memory."""
+
+    slots: int  # tensors that may be under way from a rank to another
+    hop_bytes: int  # the largest tensor of a hop
+    team_bytes: int  # the largest tensor of a sum or a gathering
+    piece_bytes: int  # the largest tensor of keys and values
+
+
 class SharedPeers:
     """Ranks on one machine's CPU, through shared memory."""
 
     def __init__(
-        self, arena: Arena, layout: Layout, rank: int, deadline: float, *, slots: int, hop_bytes: int, team_bytes: int
+        self,
+        arena: Arena,
+        world: World,
+        transfers: Iterable[tuple[int, int]],
+        rank: int,
+        deadline: float,
+        sizes: Sizes,
     ) -> None:
         """
         Args:
-            slots: hops that may be under way from a rank to the next.
-            hop_bytes: the largest tensor of a hop.
-            team_bytes: the largest tensor of a sum or a gathering.
+            transfers: pairs of ranks that keys and values go between.
         """
-        self.on_this_device = layout.size
-        self._rank = rank
-        self._rings = {(a, b): Ring(arena, a, b, slots, hop_bytes, deadline) for a, b in layout.hops()}
-        seats = [Seat(arena, r, team_bytes if layout.tp > 1 else 0, deadline) for r in range(layout.size)]
-        self._seat, self._table = seats[rank], [seats[r] for r in layout.team(rank)]
-        self._meetings = 0
+        self.on_this_device = world.size
         self.sent = 0
+        self._rank = rank
+        links = dict.fromkeys(world.hops(), sizes.hop_bytes) | dict.fromkeys(transfers, sizes.piece_bytes)
+        self._rings = {(a, b): Ring(arena, a, b, sizes.slots, size, deadline) for (a, b), size in links.items()}
+        teams = {r: world.layout(r).team(r) for r in range(world.size)}
+        seats = [Seat(arena, r, sizes.team_bytes if len(teams[r]) > 1 else 0, deadline) for r in teams]
+        self._seat, self._table = seats[rank], [seats[r] for r in teams[rank]]
+        self._meetings = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return functools.reduce(torch.add, self._meet(x, [x.shape] * len(self._table)))
@@ -196,15 +213,16 @@ class DistributedPeers:
 
     on_this_device = 1
 
-    def __init__(self, layout: Layout, rank: int, deadline: float, *, store: dist.Store, device: torch.device) -> None:
+    def __init__(self, world: World, rank: int, deadline: float, store: dist.Store, device: torch.device) -> None:
         self._device = device
         backend = "nccl" if device.type == "cuda" else "gloo"
         patience = timedelta(seconds=deadline)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=layout.size, timeout=patience)
-        teams = {layout.team(r): None for r in range(layout.size)}
-        for team in teams:  # every rank takes part in making every group
-            teams[team] = dist.new_group(list(team), timeout=patience) if layout.tp > 1 else None
-        self._team = teams[layout.team(rank)]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world.size, timeout=patience)
+        self._team = None
+        for team in dict.fromkeys(world.layout(r).team(r) for r in range(world.size)):
+            if len(team) > 1:  # every rank takes part in making every group
+                group = dist.new_group(list(team), timeout=patience)
+                self._team = group if rank in team else self._team
         self.sent = 0
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)

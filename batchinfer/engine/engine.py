@@ -72,6 +72,7 @@ class Engine:
         pp: int = 1,
         pp_partition: tuple[int, ...] = (),
         micro_batches: int = 0,
+        prefill: tuple[int, int] | None = None,
         prefix_sharing: bool = True,
         trace: str | Path | None = None,
         **build_options: Any,
@@ -85,6 +86,7 @@ class Engine:
             pp: stages that the layers are dealt to.
             pp_partition: layers of each stage; none given: dealt by measured time.
             micro_batches: steps under way at once in the stages, 0 for one a stage.
+            prefill: tp and pp of further ranks that compute prompts and send the keys and values to the others.
             prefix_sharing: share KV pages between requests that begin alike.
             trace: a file to write when the engine is closed, for ui.perfetto.dev: what ran where and when.
             build_options: passed to ``build``.
@@ -95,7 +97,7 @@ class Engine:
         self.plan = open_plan(model, **build_options)
         self.trace = Trace() if trace else None
         self._trace_file = trace
-        if tp * pp == 1:
+        if tp * pp == 1 and prefill is None:
             torch.set_num_threads(threads or available_cores())
             self.stage: Stage | Pipeline = Stage(self.plan, kv_cache_gib)
         else:
@@ -105,6 +107,7 @@ class Engine:
                 tp,
                 pp,
                 pp_partition,
+                prefill,
                 kv_cache_gib=kv_cache_gib,
                 threads=threads,
                 micro_batches=micro_batches,

@@ -50,17 +50,15 @@ class Occupancy:
         """Of each rank, 0..1."""
         return [max(0.0, 1 - busy / self._wall) if self._wall else 0.0 for busy in self._busy]
 
-    def details(self, partition: Sequence[int]) -> dict[str, Any]:
-        """For a summary."""
+    def details(self, names: Sequence[str]) -> dict[str, Any]:
+        """For a summary. ``names`` are those of the ranks."""
         steps, bubbles = max(1, self._steps), self.bubbles()
         return {
-            "pp": len(partition),
-            "tp": len(self._busy) // len(partition),
-            "partition": list(partition),
-            "micro_batches": self._depth,
             "bubble": round(sum(bubbles) / len(bubbles), 4),
-            "rank_bubbles": [round(bubble, 4) for bubble in bubbles],
-            "rank_step_ms": [round(1e3 * busy / steps, 3) for busy in self._busy],
+            "rank_bubbles": {name: round(bubble, 4) for name, bubble in zip(names, bubbles)},
+            "rank_step_ms": {name: round(1e3 * busy / steps, 3) for name, busy in zip(names, self._busy)},
+            "steps": self._steps,
+            "most_steps_under_way": self._depth,
             "slot_occupancy": round(self._slots / self._wall / self._depth, 4) if self._wall else 0.0,
             "step_tokens": round(self._tokens / steps, 1),
             "step_samples": round(self._samples / steps, 1),

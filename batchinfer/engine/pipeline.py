@@ -11,36 +11,42 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 import batchinfer
 from batchinfer import errors
 from batchinfer.engine.balance import Costs, deal, keep_costs, known_costs
-from batchinfer.engine.comm import Arena, SharedPeers
-from batchinfer.engine.layout import Layout
+from batchinfer.engine.comm import Arena, SharedPeers, Sizes
+from batchinfer.engine.kernels.cpu.library import library
+from batchinfer.engine.layout import Layout, World
 from batchinfer.engine.link import Link, Message, encode
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Tokens
 from batchinfer.engine.trace import Trace
-from batchinfer.engine.worker import ARENA_FD, LINK_FD, fields_of
+from batchinfer.engine.transfer import PIECE_BYTES, pages_of, split
+from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
 
 DEADLINE = 300.0  # seconds without a sign of life after which ranks count as hung
+_LARGE_PAGE = 256  # tokens
 
 
 class Pipeline:
-    """The ranks of a layout, each a process, behind the face of one stage.
+    """All ranks, each a process, behind the face of one stage.
 
     Steps are launched one after the other and pass through the stages in that order, so that each stage works on
-    another one; their tokens are taken in the same order. A rank that dies or is silent for too long ends them all.
+    another one; their tokens are taken in the same order. With ranks that compute prompts apart from those that decode,
+    each step goes to both, in parts. A rank that dies or is silent for too long ends them all.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Pipeline:
         tp: int,
         pp: int,
         partition: tuple[int, ...] = (),
+        prefill: tuple[int, int] | None = None,
         *,
         kv_cache_gib: float,
         threads: int,
@@ -58,6 +65,7 @@ class Pipeline:
         """
         Args:
             partition: layers of each stage; none given: dealt by the time they take here.
+            prefill: tp and pp of ranks that compute prompts, so that all others only decode.
             kv_cache_gib: memory for KV pages of each rank.
             threads: CPU threads of each rank, 0 for an even share of the cores.
             micro_batches: steps under way at once, 0 for one a stage.
@@ -67,42 +75,60 @@ class Pipeline:
             ModelError: the plan cannot be used so.
             EngineError: the ranks did not start.
         """
-        threads = threads or max(1, available_cores() // (tp * pp))
-        costs = known_costs(plan, tp, threads)
-        if not partition and (costs or pp == 1):
-            partition = deal(plan.spec.num_layers, pp, costs or Costs(1, 0, 0))
-        self.layout = Layout(tp, partition or (0,) * pp)
+        size = tp * pp + (prefill[0] * prefill[1] if prefill else 0)
+        threads = threads or max(1, available_cores() // size)
+        costs, layers = known_costs(plan, tp, threads), plan.spec.num_layers
+        if not partition and (costs or pp == 1 or prefill):
+            partition = deal(layers, pp, costs or Costs(1, 0, 0))
+        layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
+        self.world = World((layout,))
         self.depth = micro_batches or pp
+        if prefill:
+            before = Layout(prefill[0], deal(layers, prefill[1], costs or Costs(1, 0, 0)), 0, "prefill")
+            self.world = World((before, layout))
+            self.depth = micro_batches or max(pp, prefill[1]) + 1
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.occupancy = Occupancy(self.layout.size, self.depth)
+        self.occupancy = Occupancy(size, self.depth * len(self.world.layouts))
         self.trace = trace
         self._launched = 0
-        self._tokens: dict[int, np.ndarray] = {}  # by the number of the step, not asked for yet
+        self._tokens: dict[int, np.ndarray] = {}  # by the number of the launch, not asked for yet
         try:
             self._start(plan, kv_cache_gib, threads)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def layout(self) -> Layout:
+        """Of the ranks that decode."""
+        return self.world.layouts[-1]
+
     def _start(self, plan: EnginePlan, kv_cache_gib: float, threads: int) -> None:
         told: dict[str, Any] = dict(
             plan=str(plan.path),
-            tp=self.layout.tp,
-            partition=self.layout.partition,
+            layouts=[(part.tp, part.partition, part.first, part.role) for part in self.world.layouts],
             threads=threads,
             kv_cache_gib=kv_cache_gib,
             deadline=DEADLINE,
         )
-        arena = None
-        if plan.device == "cpu":
-            told["sizes"] = self._sizes(plan)
-            arena = self._share_memory(told["sizes"])
-        for rank in range(self.layout.size):
-            self._ranks.append(_Rank.start(rank, self.layout.name(rank), arena))
-            self._selector.register(self._ranks[-1].link, selectors.EVENT_READ, self._ranks[-1])
-            self._ranks[-1].link.send("open", rank=rank, device=rank, **told)
+        if elsewhere():
+            store = self._store = connect_store()
+            self._ranks = _Rank.await_all(self.world, store)
+            told["store"] = (store.host, store.port, f"batchinfer/{os.getpid()}/{time.time_ns()}")
+        else:
+            arena = None
+            if plan.device == "cpu" and library() is not None:
+                sizes = self._sizes(plan)
+                told["sizes"], arena = asdict(sizes), self._share_memory(plan, sizes)
+            else:
+                store = self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                told["store"] = (store.host, store.port, "batchinfer")
+            self._ranks += (_Rank.start(r, self.world.layout(r).name(r), arena) for r in range(self.world.size))
+        for rank in self._ranks:
+            self._selector.register(rank.link, selectors.EVENT_READ, rank)
+            rank.link.send("open", rank=rank.number, **told)
         if not all(self.layout.partition):
             self._balance(plan, threads)
         pages = min(message.fields["count"] for message in self._each("pages"))
@@ -117,21 +143,23 @@ class Pipeline:
         told = [message.fields for message in self._each("costs")]
         costs = Costs(**{name: max(rank[name] for rank in told) for name in told[0]})
         keep_costs(plan, self.layout.tp, threads, costs)
-        self.layout = replace(self.layout, partition=deal(plan.spec.num_layers, len(self.layout.partition), costs))
+        dealt = deal(plan.spec.num_layers, len(self.layout.partition), costs)
+        self.world = World((replace(self.layout, partition=dealt),))
         for rank in self._ranks:
             rank.link.send("partition", partition=self.layout.partition)
 
-    def _sizes(self, plan: EnginePlan) -> dict[str, int]:
-        """Of what ranks exchange in shared memory."""
+    def _sizes(self, plan: EnginePlan) -> Sizes:
         profile, spec = plan.profile, plan.spec
         hop = profile.step_tokens * spec.hidden_size * torch.float32.itemsize
         gathered = profile.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
-        return dict(slots=self.depth + 1, hop_bytes=hop, team_bytes=max(hop, gathered))
+        page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
+        return Sizes(self.depth + 1, hop, max(hop, gathered), max(PIECE_BYTES, page))
 
-    def _share_memory(self, sizes: dict[str, int]) -> int:
-        """A file without a name, for an arena. It goes with the last process that has it open."""
+    def _share_memory(self, plan: EnginePlan, sizes: Sizes) -> int:
+        """A file without a name, for an arena; only what is touched takes memory. It goes with its last process."""
         need = Arena()
-        SharedPeers(need, self.layout, 0, DEADLINE, **sizes)
+        transfers = [(piece.source, piece.target) for piece in self.world.pieces(plan.spec)]
+        SharedPeers(need, self.world, transfers, 0, DEADLINE, sizes)
         self._arena = os.memfd_create("batchinfer")
         os.ftruncate(self._arena, need.used + mmap.PAGESIZE)
         return self._arena
@@ -153,19 +181,42 @@ class Pipeline:
         Raises:
             EngineError: a rank died; asking for tokens, also that one hangs.
         """
-        number = self._launched
-        message = encode("step", number=number, **fields_of(step))
+        if len(self.world.layouts) == 1:
+            return functools.partial(self._take, self._send(self.layout, step))
+        parts = []
+        for layout, chosen in zip(self.world.layouts, (~step.decodes, step.decodes), strict=True):
+            if (part := split(step, chosen)) is not None:
+                place = np.repeat(chosen, np.diff(step.query_starts))[step.sampled]
+                parts.append((self._send(layout, part), place))
+        if not step.decodes.all():
+            written = pages_of(split(step, ~step.decodes), self.page_size)
+            self._tell(self.layout, encode("pages", pages=written))
+        return functools.partial(self._take_parts, parts, len(step.sampled))
+
+    def _send(self, layout: Layout, step: StepBatch) -> int:
+        """The number by which its tokens are to be asked for."""
+        self._tell(layout, encode("step", number=self._launched, **fields_of(step)))
+        self._launched += 1
+        self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
+        return self._launched - 1
+
+    def _tell(self, layout: Layout, message: bytes) -> None:
+        if not self._ranks:
+            raise EngineError("the engine is closed: open another")
         try:
-            for rank in self._ranks:
-                rank.link.send_encoded(message)
+            for number in layout.ranks:
+                self._ranks[number].link.send_encoded(message)
         except OSError:
-            raise self._died(rank) from None
+            raise self._died(self._ranks[number]) from None
         except BaseException:  # some ranks know of the step and some do not
             self.close()
             raise
-        self._launched += 1
-        self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
-        return functools.partial(self._take, number)
+
+    def _take_parts(self, parts: list[tuple[int, np.ndarray]], samples: int) -> np.ndarray:
+        tokens = np.empty(samples, np.int32)
+        for number, place in parts:
+            tokens[place] = self._take(number)
+        return tokens
 
     def _take(self, number: int) -> np.ndarray:
         while number not in self._tokens:
@@ -212,10 +263,11 @@ class Pipeline:
 
     def details(self) -> dict[str, Any]:
         """How busy the ranks are, for a summary."""
-        return self.occupancy.details(self.layout.partition)
+        names = [str(rank) for rank in self._ranks]
+        return {"tp": self.layout.tp, "partition": self.layout.partition, **self.occupancy.details(names)}
 
     def rank_names(self) -> dict[int, str]:
-        return {rank: self.layout.name(rank) for rank in range(self.layout.size)}
+        return {rank.number: str(rank) for rank in self._ranks}
 
     def close(self) -> None:
         """End the ranks, whatever they are doing."""
@@ -231,7 +283,7 @@ class Pipeline:
 class _Rank:
     """One rank's process and the link to it."""
 
-    def __init__(self, number: int, name: str, process: subprocess.Popen, link: Link) -> None:
+    def __init__(self, number: int, name: str, process: subprocess.Popen | None, link: Link) -> None:
         self.number = number
         self.name = name
         self.process = process
@@ -255,11 +307,34 @@ class _Rank:
         theirs.close()
         return cls(number, name, process, Link(ours))
 
+    @classmethod
+    def await_all(cls, world: World, store: TCPStore) -> list[_Rank]:
+        """Those that are started elsewhere, by somebody else: tell them where this engine is, and wait for them."""
+        with socket.create_server(("", 0)) as server:
+            server.settimeout(DEADLINE)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((store.host, store.port))
+                store.set(ENGINE_KEY, f"{probe.getsockname()[0]}:{server.getsockname()[1]}")
+            found: dict[int, _Rank] = {}
+            while len(found) < world.size:
+                try:
+                    link = Link(server.accept()[0])
+                    number = link.receive().fields["rank"]
+                except (TimeoutError, EOFError):
+                    raise EngineError(
+                        f"{len(found)} of {world.size} ranks have come within {DEADLINE:g} s: start each with "
+                        "`python -m batchinfer.engine.worker`, or all of a machine with torchrun"
+                    ) from None
+                found[number] = cls(number, world.layout(number).name(number), None, link)
+        return [found[number] for number in range(world.size)]
+
     def __str__(self) -> str:
         return self.name
 
     def epitaph(self) -> str:
         """How its process ended."""
+        if self.process is None:
+            return "its link broke"
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -267,9 +342,24 @@ class _Rank:
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.link.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.link.close()  # one that is elsewhere ends with it
+
+
+def elsewhere() -> bool:
+    """Whether ranks are started by somebody else, who has set what torchrun sets, but for this process's own rank."""
+    return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "RANK" not in os.environ
+
+
+def connect_store() -> TCPStore:
+    """The store that rank 0 or torchrun serves at MASTER_ADDR and MASTER_PORT."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=DEADLINE))
+    except RuntimeError:
+        raise EngineError(f"no rank 0 at MASTER_ADDR {address}, MASTER_PORT {port}: start the ranks first") from None
 
 
 def _as_error(rank: _Rank, message: Message) -> Exception:

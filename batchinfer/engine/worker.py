@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 
 from batchinfer.engine.balance import measure
-from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers
+from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers, Sizes
 from batchinfer.engine.kernels import SamplingBatch
-from batchinfer.engine.layout import Layout
-from batchinfer.engine.link import Link
+from batchinfer.engine.layout import Layout, Piece, World
+from batchinfer.engine.link import Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
+from batchinfer.engine.transfer import expect_pages, pages_of, send_pages, take_pages
 from batchinfer.errors import BatchInferError
 
 Inbox = queue.SimpleQueue  # of messages
@@ -40,7 +42,7 @@ LINK_FD, ARENA_FD = "BATCHINFER_LINK_FD", "BATCHINFER_ARENA_FD"  # environment v
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the engine, which ends its ranks when it is ready to
         signal.signal(number, signal.SIG_IGN)
-    link = Link(socket.socket(fileno=int(os.environ[LINK_FD])))
+    link = Link(socket.socket(fileno=int(os.environ[LINK_FD])) if LINK_FD in os.environ else _rendezvous())
     arena = os.environ.get(ARENA_FD)
     work(link, int(arena) if arena else None, orphaned=lambda: os._exit(0))
 
@@ -83,12 +85,17 @@ class Worker:
         self.link = link
         self.inbox = inbox
         told = inbox.get().fields
-        self.rank, self.layout = told["rank"], Layout(told["tp"], tuple(told["partition"]))
+        self.rank = told["rank"]
+        self.world = World(tuple(Layout(tp, tuple(dealt), first, role) for tp, dealt, first, role in told["layouts"]))
+        self.layout = self.world.layout(self.rank)
         plan = EnginePlan.load(told["plan"])
         torch.set_num_threads(told["threads"])
         if plan.device == "cuda":
-            torch.cuda.set_device(told["device"])
-        self.peers = self._join(told, plan, arena)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+        pieces = self.world.pieces(plan.spec)
+        self.outgoing = [piece for piece in pieces if piece.source == self.rank]
+        self.incoming = [piece for piece in pieces if piece.target == self.rank]
+        self.peers = self._join(told, plan, pieces, arena)
         if not all(self.layout.partition):
             self.layout = replace(self.layout, partition=self._measure(plan))
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
@@ -96,19 +103,22 @@ class Worker:
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
-    def _join(self, told: dict[str, Any], plan: EnginePlan, arena: int | None) -> Peers:
+    def _join(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece], arena: int | None) -> Peers:
+        deadline = told["deadline"]
         if arena is not None:
             shared = Arena(np.frombuffer(mmap.mmap(arena, 0), np.uint8))
-            return SharedPeers(shared, self.layout, self.rank, told["deadline"], **told["sizes"])
-        from torch.distributed import TCPStore
+            transfers = [(piece.source, piece.target) for piece in pieces]
+            return SharedPeers(shared, self.world, transfers, self.rank, deadline, Sizes(**told["sizes"]))
+        import torch.distributed as dist
 
-        host, port = told["store"]
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=told["deadline"]))
-        return DistributedPeers(self.layout, self.rank, told["deadline"], store=store, device=torch.device(plan.device))
+        host, port, prefix = told["store"]
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline))
+        device = torch.device(plan.device)
+        return DistributedPeers(self.world, self.rank, deadline, dist.PrefixStore(prefix, store), device)
 
     def _measure(self, plan: EnginePlan) -> tuple[int, ...]:
         """Tell what layers, embedding and head cost here; learn who gets which."""
-        self.link.send("costs", **asdict(measure(plan, self.layout.tp, self.rank % self.layout.tp)))
+        self.link.send("costs", **asdict(measure(plan, self.layout.tp, self.layout.share(self.rank))))
         return tuple(self.inbox.get().fields["partition"])
 
     def _agree(self, pages: int) -> int:
@@ -117,33 +127,43 @@ class Worker:
         return self.inbox.get().fields["count"]
 
     def serve(self) -> None:
-        for step, number in self._steps():
-            if self.stage.shard.first:
-                inputs = torch.from_numpy(step.token_ids).to(self.stage.device)
+        for message in self._messages():
+            if message.kind == "pages":
+                take_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
             else:
-                inputs = self.peers.receive(self.before)
-            begun = time.perf_counter()
-            out = self.stage.forward(step, inputs)
-            tokens = {}
-            if not self.stage.shard.last:
-                self.peers.send(self.after, out)
-            elif (chosen := self.stage.sample(step, out)) is not None:
-                tokens = {"tokens": chosen}
-            ended = time.perf_counter()
-            spent = dict(begun=begun, ended=ended, sent=self.peers.sent, count=step.num_tokens)
-            self.link.send("done", step=number, **spent, **tokens)
+                self._compute(step_of(message.fields), message.fields["number"])
 
-    def _steps(self) -> Iterator[tuple[StepBatch, int]]:
-        """Each step when its turn comes; what it needs of the stage before is expected as soon as it is known."""
-        known: deque[tuple[StepBatch, int]] = deque()
+    def _compute(self, step: StepBatch, number: int) -> None:
+        if self.stage.shard.first:
+            inputs = torch.from_numpy(step.token_ids).to(self.stage.device)
+        else:
+            inputs = self.peers.receive(self.before)
+        begun = time.perf_counter()
+        out = self.stage.forward(step, inputs)
+        tokens = {}
+        if not self.stage.shard.last:
+            self.peers.send(self.after, out)
+        elif (chosen := self.stage.sample(step, out)) is not None:
+            tokens = {"tokens": chosen}
+        ended = time.perf_counter()
+        spent = dict(begun=begun, ended=ended, sent=self.peers.sent, count=step.num_tokens)
+        self.link.send("done", step=number, **spent, **tokens)
+        if self.outgoing:
+            send_pages(self.stage, self.peers, self.outgoing, pages_of(step, self.stage.page_size))
+
+    def _messages(self) -> Iterator[Message]:
+        """Each when its turn comes; what it needs of other ranks is expected as soon as it is known."""
+        known: deque[Message] = deque()
         while True:
             while not known or not self.inbox.empty():
                 if (message := self.inbox.get()) is None:
                     return
-                step = step_of(message.fields)
-                if not self.stage.shard.first:
-                    self.peers.expect(self.before, (step.num_tokens, self.hidden_size), torch.float32)
-                known.append((step, message.fields["number"]))
+                if message.kind == "pages":
+                    expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
+                elif not self.stage.shard.first:
+                    shape = (len(message.fields["token_ids"]), self.hidden_size)
+                    self.peers.expect(self.before, shape, torch.float32)
+                known.append(message)
             yield known.popleft()
 
 
@@ -165,6 +185,27 @@ def fields_of(step: StepBatch) -> dict[str, Any]:
 def step_of(told: dict[str, Any]) -> StepBatch:
     how = SamplingBatch(**{f.name: told[f"sampling.{f.name}"] for f in fields(SamplingBatch)})
     return StepBatch(**{f.name: told[f.name] for f in fields(StepBatch) if f.name != "sampling"}, sampling=how)
+
+
+def _rendezvous() -> socket.socket:
+    """The engine, found as torchrun's processes find each other: by MASTER_ADDR, MASTER_PORT and RANK."""
+    from torch.distributed import TCPStore
+
+    wanted = ("MASTER_ADDR", "MASTER_PORT", "RANK")
+    if missing := [name for name in wanted if name not in os.environ]:
+        sys.exit(f"a rank that is started by hand needs {', '.join(wanted)} in its environment: no {missing[0]}")
+    address, port, rank = (os.environ[name] for name in wanted)
+    hosts = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = TCPStore(address, int(port), is_master=hosts, wait_for_workers=False, timeout=timedelta(hours=1))
+    host, _, port = store.get(ENGINE_KEY).decode().rpartition(":")
+    channel = socket.create_connection((host, int(port)))
+    Link(channel).send("hello", rank=int(rank))
+    _kept.append(store)
+    return channel
+
+
+ENGINE_KEY = "batchinfer/engine"  # in the store: where the engine listens for its ranks
+_kept: list[object] = []  # a store serves others for as long as it lives
 
 
 if __name__ == "__main__":

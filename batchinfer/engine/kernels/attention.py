@@ -73,6 +73,13 @@ class PagedAttention(ABC):
     def page_bytes(self, num_layers: int) -> int:
         """Bytes that one page costs over all layers."""
 
+    def by_head(self, cache: Any) -> Tensor:
+        """A view of a cache as ``[pages, kv_heads, …]``, for moving keys and values between ranks.
+
+        This one is for caches ``[2, pages, kv_heads, …]``.
+        """
+        return cache.movedim(0, 2)
+
     @abstractmethod
     def rope_write(
         self,
@@ -110,6 +117,9 @@ class TorchPagedAttention(PagedAttention):
 
     def page_bytes(self, num_layers: int) -> int:
         return num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def by_head(self, cache: Tensor) -> Tensor:
+        return cache.permute(1, 3, 0, 2, 4)
 
     def rope_write(
         self,

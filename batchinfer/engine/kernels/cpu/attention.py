@@ -61,6 +61,9 @@ class CpuPagedAttention(PagedAttention):
     def page_bytes(self, num_layers: int) -> int:
         return num_layers * self._page_bytes
 
+    def by_head(self, cache: Tensor) -> Tensor:
+        return cache.view(len(cache), self.num_kv_heads, -1)
+
     def rope_write(
         self,
         qkv: Tensor,
