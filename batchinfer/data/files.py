@@ -45,7 +45,8 @@ class InputFile:
             raise DriftError(f"{self.path} went away during the run: {error.strerror}") from None
         if version != (self.size, self.mtime_ns, self.tag):
             raise DriftError(f"{self.path} changed during the run; its rows would come from two versions of the file")
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=REMOTE_BUFFER if self.tag else LOCAL_BUFFER)
+        buffer = REMOTE_BUFFER if self.tag else LOCAL_BUFFER
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer, page_checksum_verification=True)
 
 
 def _open(path: str) -> tuple[Any, tuple[int, int | None, str | None]]:

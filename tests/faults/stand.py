@@ -106,7 +106,7 @@ class Stand:
         self.retried |= retry
         if shown:
             self.live.touch()
-        return _fork(partial(self._work, seconds, before, retry), self.folder / "said")
+        return fork(partial(self._work, seconds, before, retry), self.folder / "said")
 
     def finish(self, allowed: tuple[int, ...] = (0,), retry: bool = False) -> None:
         code = wait(self.begin(0.0, retry=retry))
@@ -131,7 +131,7 @@ class Stand:
         """Raises: AssertionError unless each row is there once, as it ought to be."""
         said = re.sub(r"Exception ignored in.*?StopNow", "", self.said(), flags=re.DOTALL)  # a signal met a __del__
         assert "Traceback" not in said, said[-3000:]
-        code = wait(_fork(self._check, self.folder / "checked"))
+        code = wait(fork(self._check, self.folder / "checked"))
         assert code == 0, (self.folder / "checked").read_text()[-1000:]
 
     def again(self) -> int:
@@ -176,7 +176,7 @@ class Stand:
         return 0
 
 
-def _fork(act: Callable[[], int], said: Path) -> int:
+def fork(act: Callable[[], int], said: Path) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid:
