@@ -136,6 +136,42 @@ class ProfileSection(Section):
     seq_len: int = Field(0, ge=0, description="prompt plus completion tokens of one sequence")
 
 
+class TensorRTSection(Section):
+    """What only the tensorrt-llm backend knows."""
+
+    flavour: Literal["pytorch", "engine"] = Field(
+        "pytorch", description="pytorch loads checkpoints; engine compiles them (up to 1.3.0rc20)"
+    )
+    kv_cache_dtype: Literal["auto", "fp8", "int8", "nvfp4"] = Field(
+        "auto", description="of keys and values; int8: engine flavour only"
+    )
+    kv_cache_fraction: float = Field(0.9, gt=0, lt=1, description="share of the memory left that KV pages may take")
+    capacity_policy: Literal["guaranteed_no_evict", "max_utilization"] = Field(
+        "guaranteed_no_evict", description="admit what is sure to fit, or more, and evict if need be"
+    )
+    guided_json: str | None = Field(None, description="a JSON schema, as text, that every completion must follow")
+    guided_decoding_backend: Literal["xgrammar", "llguidance"] = Field(
+        "xgrammar", description="who holds completions to the schema; llguidance: pytorch flavour only"
+    )
+    recycle_rows: int = Field(100_000, ge=0, description="rows after which the engine is started anew; 0: never")
+
+    @model_validator(mode="after")
+    def _fits_flavour(self) -> TensorRTSection:
+        if self.flavour == "pytorch":
+            if self.kv_cache_dtype == "int8":
+                raise ValueError('kv_cache_dtype = "int8" needs flavour = "engine"')
+        elif self.guided_decoding_backend == "llguidance":
+            raise ValueError('guided_decoding_backend = "llguidance" needs flavour = "pytorch"')
+        if self.guided_json is not None:
+            try:
+                schema = json.loads(self.guided_json)
+            except ValueError as error:
+                raise ValueError(f"guided_json is not JSON: {error}") from None
+            if not isinstance(schema, dict):
+                raise ValueError("guided_json must be a JSON object, a schema")
+        return self
+
+
 class EngineSection(Section):
     backend: Literal["native", "tensorrt-llm", "echo"] = "native"
     isolation: Literal["auto", "process", "none"] = Field(
@@ -163,14 +199,30 @@ class EngineSection(Section):
     )
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
     profile: ProfileSection = ProfileSection()
+    tensorrt: TensorRTSection = TensorRTSection()
+
+    @model_validator(mode="after")
+    def _fits_backend(self) -> EngineSection:
+        if self.backend != "tensorrt-llm":
+            if self.tensorrt != TensorRTSection():
+                raise ValueError(f'tensorrt is for backend = "tensorrt-llm" alone, and the backend is "{self.backend}"')
+            return self
+        if self.device == "cpu":
+            raise ValueError('device = "cpu" contradicts backend = "tensorrt-llm", which needs an NVIDIA GPU')
+        if self.isolation == "none":
+            raise ValueError('isolation = "none" contradicts backend = "tensorrt-llm", which needs its own process')
+        if self.kv_cache_gib:
+            raise ValueError('kv_cache_gib is not for backend = "tensorrt-llm": use engine.tensorrt.kv_cache_fraction')
+        return self
 
 
 class BuildSection(Section):
     """How a model becomes an engine, beside what it is built for."""
 
-    quantization: Literal["auto", "none", "fp8"] = Field(
-        "auto", description="how the weights of layers are kept; auto: as the model comes"
+    quantization: Literal["auto", "none", "fp8", "int4_awq", "w4a8_awq", "nvfp4", "int8_sq"] = Field(
+        "auto", description="how the weights of layers are kept; auto: as the model comes; each backend has its own"
     )
+    calibration_rows: int = Field(512, ge=1, description="prompts of the job that a build calibrates with")
 
 
 class OutputSection(Section):
@@ -278,7 +330,7 @@ class Job(Section):
     def build_options(self) -> dict[str, Any]:
         """What the build of a native engine is asked for."""
         engine = {"device": self.engine.device, "dtype": self.engine.dtype, **self.engine.profile.model_dump()}
-        return engine | self.build.model_dump()
+        return engine | {"quantization": self.build.quantization}
 
     def changed(self, overrides: Mapping[str, Any]) -> Job:
         """This job with other values for some dotted keys. Raises: JobError as ``load``."""

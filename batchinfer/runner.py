@@ -231,5 +231,6 @@ def _model_at_a_glance(job: Job) -> dict[str, Any]:
         files = ModelSource.resolve(job.model.path).stat_digest()
     except (ModelError, OSError):
         files = None
-    asked = job.engine.model_dump(include={"backend", "plan", "device", "dtype"})
+    own = {"tensorrt"} if job.engine.backend == "tensorrt-llm" else set()
+    asked = job.engine.model_dump(include={"backend", "plan", "device", "dtype", *own})
     return {"path": job.model.path, "files": files, **asked}

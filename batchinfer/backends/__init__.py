@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from batchinfer.backends.base import Backend, Isolation
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 
-__all__ = ["Backend", "Isolation", "open_backend", "open_engine"]
+__all__ = ["Backend", "Isolation", "build_engine", "check_engine", "open_backend", "open_engine"]
 
 # engine.backend → the class that opens it in this process. The module loads its engine when it is opened, not before.
 _ENGINES = {
     "native": "batchinfer.backends.native:NativeBackend",
     "echo": "batchinfer.backends.echo:EchoBackend",
+    "tensorrt-llm": "batchinfer.backends.tensorrt_llm.backend:TensorRTBackend",
 }
 
 
@@ -43,6 +46,36 @@ def open_engine(job: Job, progress: bool = True) -> Backend:
         ModelError: the model or the plan cannot be used.
     """
     return _engine(job).open(job, progress)
+
+
+def check_engine(job: Job) -> None:
+    """What can be told of a job's engine without opening it.
+
+    Raises:
+        JobError: the engine does not have what the job asks for.
+    """
+    if (check := getattr(_engine(job), "check", None)) is not None:
+        check(job)
+
+
+def build_engine(job: Job, output: str | None, prompts: Iterable[list[int]] = ()) -> Path:
+    """Make the engine folder that a job runs with; into the cache when no ``output`` is given.
+
+    Args:
+        prompts: token ids of the job to calibrate with, read if they are needed.
+
+    Raises:
+        JobError: there is nothing to build, or it cannot be.
+    """
+    if job.engine.backend == "echo":
+        raise JobError('engine.backend = "echo" has no model: there is nothing to build')
+    if job.engine.backend == "tensorrt-llm":
+        from batchinfer.backends.tensorrt_llm.build import build as build_tensorrt
+
+        return build_tensorrt(job, output, prompts).path
+    from batchinfer.engine.build import build
+
+    return build(job.model.path, output, **job.build_options()).path
 
 
 def _engine(job: Job) -> Any:

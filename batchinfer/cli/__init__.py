@@ -10,7 +10,7 @@ from batchinfer import __version__
 from batchinfer.cli.bench import bench
 from batchinfer.cli.openai import export_openai, import_openai
 from batchinfer.cli.outputs import report, status, vacuum, verify
-from batchinfer.cli.prepare import build, init, plan, validate
+from batchinfer.cli.prepare import build, doctor, init, plan, validate
 from batchinfer.cli.retry import retry
 from batchinfer.cli.run import run
 from batchinfer.cli.shared import say
@@ -54,6 +54,7 @@ COMMANDS = (
     run,
     retry,
     init,
+    doctor,
     validate,
     plan,
     build,

@@ -1,4 +1,4 @@
-"""Before a run: `init`, `validate`, `plan`, `build`."""
+"""Before a run: `doctor`, `init`, `validate`, `plan`, `build`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import click
 
 from batchinfer.cli.shared import json_option, parse_settings, set_option, verbose_option
 from batchinfer.errors import ExitCode, JobError
+
+
+@click.command()
+@json_option
+@verbose_option
+def doctor(as_json: bool) -> None:
+    """What is installed on this machine, and which engines can run on it."""
+    from batchinfer.doctor import examine
+
+    found = examine()
+    click.echo(json.dumps(found.as_dict()) if as_json else str(found))
 
 
 @click.command()
@@ -38,10 +49,13 @@ def init(path: str) -> None:
 @verbose_option
 def validate(job_file: str, settings: tuple[str, ...], rows: int, as_json: bool) -> None:
     """Check a job against its input and model, without loading the model."""
+    from batchinfer.backends import check_engine
     from batchinfer.data.look import check_job
     from batchinfer.job import Job
 
-    found = check_job(Job.load(job_file, parse_settings(settings)), rows)
+    job = Job.load(job_file, parse_settings(settings))
+    check_engine(job)
+    found = check_job(job, rows)
     click.echo(json.dumps(found.as_dict()) if as_json else str(found))
     click.get_current_context().exit(int(ExitCode.FAILED_ROWS if found.failures else ExitCode.OK))
 
@@ -84,7 +98,8 @@ def build(
 
     Without a job file, --set knows the keys of [engine] and [build] alone.
     """
-    from batchinfer.engine.build import build as make
+    from batchinfer.backends import build_engine
+    from batchinfer.data.calibration import prompts
     from batchinfer.job import Job
 
     if job_file is None and model is None:
@@ -92,7 +107,7 @@ def build(
     named = {"model.path": model, "build.quantization": quantization}
     chosen = parse_settings(settings) | {key: value for key, value in named.items() if value is not None}
     job = Job.load(job_file, chosen if job_file is not None else _ANY_JOB | chosen)
-    click.echo(str(make(job.model.path, output, **job.build_options()).path))
+    click.echo(str(build_engine(job, output, prompts(job) if job_file is not None else ())))
 
 
 _ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def estimate(job: Job, sample: int = 1000, seed: int = 0, tok_s: float | None = 
     found = Estimate(
         len(source.files), rows, len(drawn), longest, Lengths(), (0, 0), (0, 0), "", {}, (0, 0), Counter(), {}
     )
-    sampled = [_note(found, answer, job.prompt.on_overlong) for answer in _render(source, renderer, drawn)]
+    sampled = [_note(found, answer, job.prompt.on_overlong) for answer in render_drawn(source, renderer, drawn)]
     found.tokens_in = _whole([tokens for tokens, _ in sampled], rows)
     found.overlong_rows = _share(len(found.overlong), found.sampled, rows)
     earlier = _earlier(job)
@@ -164,7 +165,7 @@ def save(found: Estimate, output: str) -> Path | str:
     return store.path(PREDICTION)
 
 
-def _render(source: Source, renderer: PromptRenderer, units: list[Unit]) -> Any:
+def render_drawn(source: Source, renderer: PromptRenderer, units: list[Unit]) -> Iterator[Request | Completion]:
     """The request or failure of each unit's one row, keyed by its address."""
     columns = list(renderer.columns) or source.schema.names[:1]
     held: list[tuple[str, pa.Table]] = []

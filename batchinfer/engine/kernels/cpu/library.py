@@ -62,7 +62,7 @@ def build() -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or no set of flags gave a library that loads; the message carries the compiler's.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     identity = _identity(compiler)
     reason = ""
     for target in TARGETS:
@@ -89,7 +89,8 @@ def cache_folder() -> Path:
     return cache_root() / "kernels"
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """Raises: BuildError if there is none."""
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["g++", "c++", "clang++"]:
         command = shlex.split(name)

@@ -1,0 +1,2 @@
+class RequestError(RuntimeError):
+    """The error raised when the request is failed."""
