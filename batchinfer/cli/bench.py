@@ -48,3 +48,17 @@ def bench_pipeline(**options: Any) -> None:
     from batchinfer.bench import pipeline
 
     click.echo(json.dumps(pipeline(**options)))
+
+
+@bench.command("pipeline-sim")
+@model_option
+@click.option("--requests", type=click.IntRange(8), default=256, show_default=True)
+@click.option("--gpus", is_flag=True, help="Only foretell a 70B model on 8 and 32 GPUs, by arithmetic.")
+@verbose_option
+def bench_pipeline_sim(model: str, requests: int, gpus: bool) -> None:
+    """Two pipeline stages measured here and simulated, then up to 16 foretold from what layers and head cost."""
+    from batchinfer.bench_pipeline import foretell_gpus, pipeline_sim
+
+    click.echo(
+        json.dumps({"bench": "pipeline-sim", "foretold": foretell_gpus()} if gpus else pipeline_sim(model, requests))
+    )

@@ -58,6 +58,7 @@ class Occupancy:
             "rank_bubbles": {name: round(bubble, 4) for name, bubble in zip(names, bubbles)},
             "rank_step_ms": {name: round(1e3 * busy / steps, 3) for name, busy in zip(names, self._busy)},
             "steps": self._steps,
+            "seconds": round(self._wall, 3),
             "most_steps_under_way": self._depth,
             "slot_occupancy": round(self._slots / self._wall / self._depth, 4) if self._wall else 0.0,
             "step_tokens": round(self._tokens / steps, 1),

@@ -90,7 +90,7 @@ class Pipeline:
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.occupancy = Occupancy(size, self.depth * len(self.world.layouts))
+        self.forget()
         self.trace = trace
         self._launched = 0
         self._tokens: dict[int, np.ndarray] = {}  # by the number of the launch, not asked for yet
@@ -230,7 +230,7 @@ class Pipeline:
         told = message.fields
         self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
         if self.trace is not None:
-            name, about = f"step {told['step']}", {"tokens": told["count"]}
+            name, about = f"step {told['step']}", {"tokens": told["count"], "samples": told["samples"]}
             self.trace.add(rank.number, name, told["begun"], told["ended"], **about)
         if "tokens" in told:
             self._tokens[told["step"]] = told["tokens"]
@@ -260,6 +260,10 @@ class Pipeline:
 
     def _died(self, rank: _Rank) -> EngineError:
         return EngineError(f"{rank} of the engine ended: {rank.epitaph()}; run again to go on")
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts))
 
     def details(self) -> dict[str, Any]:
         """How busy the ranks are, for a summary."""

@@ -23,10 +23,10 @@ ENGINE = -1
 
 class Trace:
     def __init__(self) -> None:
-        self._spans: deque[Span] = deque(maxlen=MOST_SPANS)
+        self.spans: deque[Span] = deque(maxlen=MOST_SPANS)
 
     def add(self, rank: int, name: str, begun: float, ended: float, **about: Any) -> None:
-        self._spans.append(Span(rank, name, begun, ended, about))
+        self.spans.append(Span(rank, name, begun, ended, about))
 
     def write(self, path: str | Path, names: dict[int, str]) -> None:
         """As JSON in the Trace Event Format, times from the first span on.
@@ -34,12 +34,12 @@ class Trace:
         Args:
             names: of the ranks, as they are to be shown.
         """
-        first = min((span.begun for span in self._spans), default=0.0)
+        first = min((span.begun for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": rank + 1, "args": {"name": name}}
             for rank, name in sorted(names.items())
         ]
-        for rank, name, begun, ended, about in self._spans:
+        for rank, name, begun, ended, about in self.spans:
             at, took = round((begun - first) * 1e6, 1), round((ended - begun) * 1e6, 1)
             events.append({"ph": "X", "name": name, "pid": 0, "tid": rank + 1, "ts": at, "dur": took, "args": about})
         path = Path(path).expanduser()

@@ -1,9 +1,9 @@
 """KV transfer: prompts are computed by some ranks and decoded by others, and their pages follow.
 
-Pages have one number everywhere, so that nothing but their content is moved. A step is split in two: sequences that go
-on from a token of their own decode; all others are prompts, or are computed again. The pages that the second part writes
-to are sent as soon as it is computed, while the next step is. The decoding ranks take them in between this step and the
-next, which is the first that may read them.
+Pages have one number everywhere, so that nothing but their content is moved. A step is split in two: sequences that
+go on from a token of their own decode; all others are prompts, or are computed again. The pages that the second part
+writes to are sent as soon as it is computed, while the next step is. The decoding ranks take them in between this step
+and the next, which is the first that may read them.
 """
 
 from __future__ import annotations

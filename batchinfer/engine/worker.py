@@ -146,8 +146,8 @@ class Worker:
         elif (chosen := self.stage.sample(step, out)) is not None:
             tokens = {"tokens": chosen}
         ended = time.perf_counter()
-        spent = dict(begun=begun, ended=ended, sent=self.peers.sent, count=step.num_tokens)
-        self.link.send("done", step=number, **spent, **tokens)
+        size = dict(count=step.num_tokens, samples=len(step.sampled))
+        self.link.send("done", step=number, begun=begun, ended=ended, sent=self.peers.sent, **size, **tokens)
         if self.outgoing:
             send_pages(self.stage, self.peers, self.outgoing, pages_of(step, self.stage.page_size))
 

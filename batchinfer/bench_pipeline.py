@@ -1,0 +1,194 @@
+"""Pipelines: measured here, and simulated for more ranks than are here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchinfer.bench import workload
+from batchinfer.engine.balance import SAMPLED, Costs, deal
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.plan import Profile
+from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.simulate import Simulated, simulate
+from batchinfer.engine.trace import Span
+from batchinfer.request import Request
+
+STAGES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a layer for a step of so many tokens, and of the head for so many samples."""
+
+    layer: float
+    layer_token: float
+    head: float
+    head_sample: float
+
+    def of(self, partition: Sequence[int], step: StepBatch) -> list[float]:
+        """What each stage takes for ``step``."""
+        seconds = [layers * (self.layer + self.layer_token * step.num_tokens) for layers in partition]
+        seconds[-1] += self.head + self.head_sample * len(step.sampled)
+        return seconds
+
+    def a_token(self, tokens: int) -> Costs:
+        """For ``deal``, in steps of so many tokens."""
+        samples = SAMPLED * tokens
+        return Costs(self.layer / tokens + self.layer_token, 0.0, self.head / samples + self.head_sample)
+
+    @classmethod
+    def fit(cls, partition: Sequence[int], spans: Sequence[Span]) -> StepCosts:
+        """By least squares, to what the ranks of a pipeline without tensor parallelism took."""
+        rows, taken = [], []
+        for span in spans:
+            layers, last = partition[span.rank], span.rank == len(partition) - 1
+            rows.append((layers, layers * span.about["tokens"], last, last * span.about["samples"]))
+            taken.append(span.ended - span.begun)
+        found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(taken), rcond=None)
+        return cls(*np.maximum(found, 0).tolist())
+
+
+@dataclass(frozen=True)
+class _Run:
+    partition: tuple[int, ...]
+    profile: Profile
+    layers: int
+    tokens_per_second: float
+    bubble: float
+    engine_seconds: float  # a step
+    spans: list[Span]
+
+
+def pipeline_sim(
+    model: str = "smollm2-135m-instruct", requests: int = 256, micro_batches: Sequence[int] = (1, 2, 3, 4)
+) -> dict[str, Any]:
+    """Run two stages here, with several numbers of micro-batches; simulate the same, and then what is not here.
+
+    What layers and head cost is fitted to the run with two micro-batches alone, so that the others are foretold.
+    """
+    jobs = workload(requests)
+    runs = {count: _run(model, jobs, count, requests) for count in micro_batches}
+    fitted = runs[2]
+    costs = StepCosts.fit(fitted.partition, fitted.spans)
+    checks = []
+    for count, run in runs.items():
+        told = _simulate(jobs, run, costs, run.partition, count, run.profile)
+        checks.append(
+            {
+                "stages": 2,
+                "micro_batches": count,
+                "partition": list(run.partition),
+                "measured_tok_s": round(run.tokens_per_second, 1),
+                "simulated_tok_s": round(told.tokens_per_second, 1),
+                "ratio": round(told.tokens_per_second / run.tokens_per_second, 3),
+                "measured_bubble": round(run.bubble, 4),
+                "simulated_bubble": round(told.bubble, 4),
+            }
+        )
+    foretold = []
+    for stages in STAGES:
+        partition = deal(fitted.layers, stages, costs.a_token(64))
+        for count in (stages, 2 * stages) if stages > 1 else (1,):
+            profile = replace(fitted.profile, batch_size=max(64 * stages, 64))
+            told = _simulate(workload(4 * profile.batch_size), fitted, costs, partition, count, profile)
+            figures = {"stages": stages, "micro_batches": count, "partition": list(partition)}
+            foretold.append(figures | _figures(told))
+    return {"bench": "pipeline-sim", "model": model, "requests": requests, "checks": checks, "foretold": foretold}
+
+
+def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -> _Run:
+    with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as folder:
+        trace = Path(folder, "trace.json")
+        engine = Engine(
+            model, pp=2, threads=1, micro_batches=micro_batches, batch_size=batch_size, trace=trace, progress=False
+        )
+        list(engine.generate(jobs[:4]))  # warm-up: first touch
+        engine.stage.forget()
+        engine.trace.spans.clear()
+        before = engine.counters.copy()
+        engine.pages.forget_idle()
+        completions = list(engine.generate(jobs))
+        assert not any(completion.error for completion in completions)
+        counters, told = engine.counters.minus(before), engine.stage.details()
+        engine.close()
+    return _Run(
+        engine.stage.layout.partition,
+        engine.plan.profile,
+        engine.plan.spec.num_layers,
+        (counters.prompt_tokens + counters.completion_tokens) / told["seconds"],
+        told["bubble"],
+        (counters.schedule_seconds + counters.collect_seconds) / counters.steps,
+        [span for span in engine.trace.spans if "samples" in span.about],
+    )
+
+
+def _simulate(
+    jobs: list[Request], run: _Run, costs: StepCosts, partition: Sequence[int], micro_batches: int, profile: Profile
+) -> Simulated:
+    return simulate(
+        jobs, profile, lambda step: costs.of(partition, step), micro_batches, engine_seconds=run.engine_seconds
+    )
+
+
+def _figures(told: Simulated) -> dict[str, Any]:
+    return {"tok_s": round(told.tokens_per_second, 1), "bubble": round(told.bubble, 4)}
+
+
+# -- GPUs that are not here ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that were measured on an H100 and its links."""
+
+    flops: float = 650e12  # bf16 products of a few thousand rows
+    read_bytes: float = 2.7e12  # a second, weights and keys
+    sum_bytes: float = 329e9  # a second, bus bandwidth of an all-reduce of 8
+    sum_seconds: float = 20e-6  # its least
+    launch_seconds: float = 30e-6  # small kernels of a layer
+
+
+# Llama-3.1-70B: layers, hidden, intermediate, query heads × their width, KV heads × theirs, vocabulary
+_LAYERS, _HIDDEN, _INNER, _Q, _KV, _VOCABULARY = 80, 8192, 28672, 8192, 1024, 128_256
+
+
+def foretell_gpus(
+    layouts: Sequence[tuple[int, int]] = ((8, 1), (4, 2), (2, 4), (8, 4), (4, 8)),
+) -> list[dict[str, Any]]:
+    """A 70B model in bfloat16 on 8 and on 32 GPUs, by the arithmetic of its products, reads and sums."""
+    gpu, weights = Gpu(), _HIDDEN * (2 * _Q + 2 * _KV + 3 * _INNER)
+
+    def stages(step: StepBatch, tp: int, partition: Sequence[int]) -> list[float]:
+        tokens, samples = step.num_tokens, len(step.sampled)
+        product = max(2 * weights * tokens / gpu.flops, 2 * weights / gpu.read_bytes) / tp
+        keys = int(step.context_lens.sum()) * 2 * _KV * 2 / gpu.read_bytes / tp
+        wire = 2 * (tp - 1) / tp * tokens * _HIDDEN * 2 / gpu.sum_bytes
+        layer = product + keys + gpu.launch_seconds + (2 * max(wire, gpu.sum_seconds) if tp > 1 else 0)
+        seconds = [layers * layer for layers in partition]
+        head = 2 * _VOCABULARY * _HIDDEN / tp
+        seconds[-1] += max(head * samples / gpu.flops, head / gpu.read_bytes)
+        return seconds
+
+    told = []
+    for tp, pp in layouts:
+        gpus = tp * pp
+        profile = Profile(128 * gpus, 4096, 2048)
+        head = _VOCABULARY * _HIDDEN / weights
+        partition = deal(_LAYERS, pp, Costs(1.0, 0.0, head))
+        jobs = workload(4 * profile.batch_size)
+        found = simulate(
+            jobs,
+            profile,
+            lambda step, tp=tp, partition=partition: stages(step, tp, partition),
+            pp,
+            engine_seconds=300e-6,
+            hop_seconds=200e-6,
+        )
+        told.append({"gpus": gpus, "tp": tp, "pp": pp, "partition": list(partition)} | _figures(found))
+    return told

@@ -1,0 +1,62 @@
+"""The simulator plays the real scheduler's steps against what stages cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchinfer.bench import workload
+from batchinfer.bench_pipeline import StepCosts
+from batchinfer.engine.plan import Profile
+from batchinfer.engine.simulate import simulate
+from batchinfer.engine.trace import Span
+from batchinfer.request import Request, SamplingParams
+
+JOBS = workload(24)
+TOKENS = sum(len(job.prompt_token_ids) + job.sampling.max_tokens for job in JOBS)
+PROFILE = Profile(16, 128, 1024)
+
+
+def played(stages: int, micro_batches: int, seconds: float = 1.0, **overheads):
+    return simulate(JOBS, PROFILE, lambda step: [seconds] * stages, micro_batches, **overheads)
+
+
+def test_one_stage_is_always_busy():
+    told = played(1, 1)
+    assert (told.tokens, told.bubble) == (TOKENS, 0.0)
+    assert told.seconds == told.steps
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_with_one_micro_batch_all_stages_but_one_wait(stages):
+    assert played(stages, 1).bubble == pytest.approx(1 - 1 / stages)
+
+
+def test_with_a_micro_batch_a_stage_only_the_ends_are_idle():
+    alike = [Request(i, [1] * 20, SamplingParams(max_tokens=40, ignore_eos=True)) for i in range(64)]
+    told = simulate(alike, Profile(64, 128, 1024), lambda step: [1.0] * 4, 4)
+    assert 0 < told.bubble < 0.05
+
+
+def test_the_slowest_stage_sets_the_pace():
+    told = simulate(JOBS, PROFILE, lambda step: [1.0, 3.0], 2)
+    assert told.seconds == pytest.approx(3 * told.steps, rel=0.1)
+    assert told.bubble == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_hops_and_the_engine_take_their_time():
+    assert played(2, 1, hop_seconds=0.5).seconds == 3 * played(2, 1).steps
+    assert played(1, 1, engine_seconds=0.5).seconds == 1.5 * played(1, 1).steps
+
+
+def test_costs_are_found_again_in_what_ranks_took():
+    costs = StepCosts(2e-4, 3e-6, 5e-4, 4e-5)
+    partition = (17, 13)
+    spans = []
+    for tokens, samples in [(10, 10), (60, 20), (200, 30), (64, 64), (128, 0)]:
+        layer = costs.layer + costs.layer_token * tokens
+        seconds = [17 * layer, 13 * layer + costs.head + costs.head_sample * samples]
+        about = {"tokens": tokens, "samples": samples}
+        spans += [Span(rank, "step", 1.0, 1.0 + taken, about) for rank, taken in enumerate(seconds)]
+    found = StepCosts.fit(partition, spans)
+    assert (found.layer, found.layer_token) == (pytest.approx(costs.layer), pytest.approx(costs.layer_token))
+    assert (found.head, found.head_sample) == (pytest.approx(costs.head), pytest.approx(costs.head_sample))
