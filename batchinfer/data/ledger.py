@@ -283,8 +283,13 @@ class Ledger:
                 continue
             self.store.remove([commit.staged])
             if commit.version:
-                raise LockedError(f"another run has just superseded rows of {self.parts.path(commit.part)}; run again")
+                self.check_current(self.commits[commit.unit])
             self.commits[commit.unit] = commits.parse(self.store, commit.name, self.store.read(commit.name))
+
+    def check_current(self, commit: Commit) -> None:
+        """Raises: LockedError if another run has superseded it, past a lock that does not hold."""
+        if commits.is_taken(self.store, commit.unit, commit.version + 1):
+            raise LockedError(f"another run has just superseded rows of {self.parts.path(commit.part)}; run again")
 
     def verify(self) -> int:
         """Re-read every committed part: checksum and row count; the manifest too. Returns the rows verified.
@@ -372,6 +377,7 @@ class Ledger:
             if size != commit.bytes:
                 size = self.parts.size(commit.part)  # another run may have moved it meanwhile
             if size != commit.bytes:
+                self.check_current(commit)
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise IntegrityError(
                     f"{self.parts.path(commit.part)} {found}; {commit.bytes} bytes were committed. Restore it, or "

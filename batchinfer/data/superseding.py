@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchinfer.data import commits
 from batchinfer.data.commits import Commit
 from batchinfer.data.journal import FinishedUnit, ResultSchema
 from batchinfer.data.ledger import Ledger
-from batchinfer.errors import IntegrityError, LockedError
+from batchinfer.errors import IntegrityError
 
 HISTORY = b"batchinfer.retries"  # in a part's footer: what each retry was and which rows of the part it answered
 
@@ -36,7 +35,7 @@ class Superseding:
         self.results = [prefix + name for name in results.columns.names]
 
     def part(self, finished: FinishedUnit, metadata: dict[str, str]) -> tuple[pa.Table, dict[str, int]]:
-        """Raises: IntegrityError if the part before is not what was committed."""
+        """Raises: IntegrityError if the part before is not what was committed; LockedError if another run did that."""
         retry, commit = self._ledger.retry, self._ledger.commits[finished.unit.index]
         assert retry is not None
         old, rows = self._before(commit), retry.rows[commit.unit]
@@ -58,8 +57,7 @@ class Superseding:
         path = self._ledger.parts.path(commit.part)
         data = self._ledger.parts.read(commit.part)
         if hashlib.sha256(data).hexdigest() != commit.sha256:
-            if commits.is_taken(self._ledger.store, commit.unit, commit.version + 1):
-                raise LockedError(f"another run has just superseded rows of {path}; run again")
+            self._ledger.check_current(commit)
             raise IntegrityError(f"{path}: its bytes are not those committed (sha256 differs); `verify` tells more")
         return pq.read_table(pa.BufferReader(data))
 

@@ -25,7 +25,7 @@ from batchinfer.data.commits import FOLDER
 from tests.echo_jobs import tokenizer_dir
 from tests.faults.stand import Stand, bypass_lock, fail_at, full_disk, limit_files, wait
 
-IN_FLIGHT = 64  # rows that one fault may cost: those that the engine holds, and what is finished between two syncs
+IN_FLIGHT = 64  # rows that a kill may cost: those that the engine holds, and what is finished between two syncs
 WRITE_FAILED = (0, 2, 75)  # 0: it was a clean-up that failed
 ROOT = Path(__file__).parents[2]
 
@@ -45,12 +45,12 @@ class Matrix:
         shutil.copytree(stand.folder, folder, dirs_exist_ok=True, ignore=lambda _, names: {"live"} & set(names))
         return Stand(folder, stand.rows)
 
-    def done(self, stand: Stand, faults: int, retry: bool = False) -> None:
-        """Run it to its end and look at every row."""
+    def done(self, stand: Stand, faults: int, retry: bool = False, most: int = IN_FLIGHT) -> None:
+        """Run it to its end and look at every row. ``most``: rows that one fault may cost."""
         stand.finish(retry=retry)
         stand.check()
         again = stand.again()
-        assert again <= faults * IN_FLIGHT, f"{again} rows were computed again after {faults} faults"
+        assert again <= faults * most, f"{again} rows were computed again after {faults} faults"
         self.faults, self.rows, self.again = self.faults + faults, self.rows + stand.rows, self.again + again
         stand.live.unlink()
         shutil.rmtree(stand.folder, ignore_errors=True)
@@ -166,7 +166,7 @@ def failing_writes(matrix: Matrix, number: int, once: bool, points: range, retry
         arm = partial(fail_at, point, number, stand.out, once)
         code = wait(stand.begin(0.002, arm, retry=retry))
         assert code in WRITE_FAILED, f"exit code {code} at operation {point}: {stand.said()[-500:]}"
-        matrix.done(stand, 1, retry)
+        matrix.done(stand, 1, retry, most=stand.rows)  # what the engine answers until the run notices is lost as well
 
 
 def a_full_disk(matrix: Matrix, times: int) -> None:
