@@ -86,7 +86,7 @@ class Bucket:
     StoreError: the store did not answer as it should, for longer than PATIENCE.
 
     Attributes:
-        in_trouble: whether the last request ended in a StoreError.
+        in_trouble: whether the last request that ended did so in a StoreError.
         answered: whether one was answered.
     """
 
@@ -175,14 +175,16 @@ class Bucket:
                 told = self.explained(error, f"cannot {doing} {url}", url)
                 if told is error:
                     raise
-                self.in_trouble = isinstance(told, StoreError)
-                patience = PATIENCE if self.answered else min(PATIENCE, FIRST_PATIENCE)
-                if not self.in_trouble:
+                if not isinstance(told, StoreError):
+                    self.in_trouble = False
                     raise told from None  # obstore's own words may hold a signed URL
+                patience = PATIENCE if self.answered else min(PATIENCE, FIRST_PATIENCE)
                 if time.monotonic() + pause > begun + patience:
+                    self.in_trouble = True
+                    hint = "" if self.answered else ", if the endpoint that the environment names is the right one"
                     raise StoreError(
                         f"{told}, however often it was tried. Nothing committed is lost: run the same command again "
-                        "once the store answers"
+                        f"once the store answers{hint}"
                     ) from None
                 log.debug("%s; trying again", told)
             time.sleep(pause * random.uniform(0.5, 1.0))

@@ -36,10 +36,14 @@ class Lease:
         self._holder = {**holder(), "run": uuid.uuid4().hex}
         self._beats = 0
         self._lost = ""
-        while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
-            pass  # another was quicker, and will be named
-        self._mine, self._renewed = mine, time.monotonic()
         _held.add(self._holder["run"])
+        try:
+            while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
+                pass  # another was quicker, and will be named
+        except BaseException:
+            _held.discard(self._holder["run"])
+            raise
+        self._mine, self._renewed = mine, time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="batchinfer-lease", daemon=True)
         self._thread.start()
@@ -54,8 +58,9 @@ class Lease:
         _held.discard(self._holder["run"])
         self._ended.set()
         self._thread.join(1.0)
-        if not self._lost and not self._store.bucket.in_trouble and self._find():
-            self._store.remove([self._name])
+        with contextlib.suppress(BatchInferError):  # then it ends by itself
+            if not self._lost and not self._store.bucket.in_trouble and self._find():
+                self._store.remove([self._name])
 
     @staticmethod
     def is_held(store: ObjectStore, name: str) -> bool:

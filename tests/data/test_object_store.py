@@ -115,7 +115,9 @@ def test_a_fault_that_stays_is_one_line_and_exit_75(bucket, store, monkeypatch):
         assert said.startswith(f"cannot write {bucket.url}/some/folder/a: ") and "run the same command again" in said
         assert "\n" not in said and "127.0.0.1" not in said
         assert {"500": "status 500 InternalError", "503": "status 503 SlowDown"}.get(fault, "") in said
+    asked = bucket.proxy.requests.total()
     store.remove(["a"])  # what may fail does not wait once more
+    assert bucket.proxy.requests.total() == asked
     bucket.proxy.fault = lambda method, path: None
     assert store.size("a") in (None, 1)
 
