@@ -76,6 +76,10 @@ def look(name: str, path: str) -> tuple[InputFile, pa.Schema]:
     if twice := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise InputError(f"{path} has several columns named {', '.join(twice)}; rename them")
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    if sum(groups) != metadata.num_rows or min(groups, default=0) < 0:
+        raise InputError(
+            f"{path} is damaged: its footer says {metadata.num_rows:,} rows, and {sum(groups):,} in its row groups"
+        )
     return InputFile(name, path, *version, footer, groups), schema.remove_metadata()
 
 

@@ -133,7 +133,6 @@ def chat_tokenizer(folder: Path) -> Path:
 
 def one(folder: Path, damage: str, seed: int) -> int:
     """Exit code of a job over a file of its own, which must end in all rows or in a line."""
-    signal.alarm(SECONDS)
     chance = random.Random(seed)
     shape, table = chance.choice(tables(chance))
     path = folder / "in" / "x.parquet"
@@ -142,6 +141,7 @@ def one(folder: Path, damage: str, seed: int) -> int:
     if chance.random() < 0.2:
         write(pa.table({"id": [1.5], "text": ["other"]}), folder / "in" / "y.parquet", chance)
     print(f"{shape}, {damage}, seed {seed}")
+    signal.alarm(SECONDS)
     prompt = {"prompt__template": None, "prompt__messages": "messages"} if "messages" in shape else {}
     tokenizer = chat_tokenizer(folder / "tokenizer")
     try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.data.source import Source
@@ -35,3 +36,20 @@ def test_a_flipped_bit_of_a_page_that_has_a_checksum_is_found(tmp_path):
     source = Source([str(path)])
     with pytest.raises(InputError, match="in.parquet cannot be read as Parquet.*CRC"):
         list(source.read(source.units(100), ["text"]))
+
+
+def test_a_footer_that_contradicts_itself_is_damage(tmp_path, monkeypatch):
+    """Flipped bits can leave as many rows as the row groups have, and another number for the file."""
+
+    class Flipped:
+        def __init__(self, metadata):
+            self._metadata, self.num_rows = metadata, metadata.num_rows + 16
+
+        def __getattr__(self, name):
+            return getattr(self._metadata, name)
+
+    plain = pq.read_metadata
+    monkeypatch.setattr("batchinfer.data.files.pq.read_metadata", lambda file: Flipped(plain(file)))
+    write(tmp_path / "in.parquet", texts(10))
+    with pytest.raises(InputError, match=r"in.parquet is damaged: its footer says 26 rows, and 10 in its row groups"):
+        Source([str(tmp_path / "in.parquet")])
