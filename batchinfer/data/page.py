@@ -9,7 +9,7 @@ from typing import Any
 
 from batchinfer.data import panels
 from batchinfer.data.journal import Tally
-from batchinfer.data.report import clock
+from batchinfer.data.report import clock, mishaps
 from batchinfer.data.series import RunSeries, average_rate
 from batchinfer.data.survey import Survey
 
@@ -137,6 +137,10 @@ def _tiles(found: Survey) -> str:
         tiles.append(("KV peak", f"{peak:.0%}", f"{preempted:,} preemption{'s' * (preempted != 1)}"))
     if memory := found.summary.get("peak_rss_bytes"):
         tiles.append(("Memory peak", f"{memory / 2**30:.2f} GiB", "of the last run"))
+    details = (found.summary.get("load") or {}).get("details", {})
+    if mishaps(details):
+        aside = details["quarantined"]
+        tiles.append(("Engine restarts", f"{details['restarts']:,}", f"{aside:,} row{'s' * (aside != 1)} set aside"))
     cells = "".join(
         f'<div class="tile"><span>{name}</span><b{_bad(name, job.failed)}>{value}</b><span>{said}</span></div>'
         for name, value, said in tiles

@@ -95,6 +95,8 @@ class Summary:
             parts.append(f"{clock(self.seconds)} wall")
         elif self.state == "complete":
             parts.append("nothing left to do")
+        if self.load and (told := mishaps(self.load.details)):
+            parts.append(told)
         if self.state == "stopped":
             why = f" ({self.reason})" if self.reason else ""
             parts.append(f"stopped early{why}, run again to go on")
@@ -108,6 +110,13 @@ def _of_retry(told: dict[str, Any]) -> str:
         return f"no row to retry, none has {told['where']}"
     kept = f", {told['kept']:,} failed and kept what they had" if told["kept"] else ""
     return f"retry {told['retry']}: {told['superseded']:,} of {told['rows']:,} rows superseded{kept}"
+
+
+def mishaps(details: dict[str, Any]) -> str:
+    """What an engine's process went through, of a Load's details; nothing if all went well."""
+    restarts, aside = details.get("restarts", 0), details.get("quarantined", 0)
+    times = f"engine restarted {restarts:,} time{'s' * (restarts != 1)}" if restarts else ""
+    return times + (f", {aside:,} row{'s' * (aside != 1)} set aside" if aside else "")
 
 
 def _counts(tally: Tally) -> dict[str, Any]:
@@ -253,7 +262,8 @@ class Progress:
         rate = (tokens - self._last[1]) / max(now - self._last[0], 1e-3)
         self._last = (now, tokens)
         failed = f", {self._tally.failed:,} failed" if self._tally.failed else ""
-        return f"{rate:,.0f} tok/s, {load.running:,} running, KV {load.kv_used:.0%}{failed}"
+        went = mishaps(load.details)
+        return f"{rate:,.0f} tok/s, {load.running:,} running, KV {load.kv_used:.0%}{failed}{', ' * bool(went)}{went}"
 
     def _line(self) -> str:
         done = self._done()

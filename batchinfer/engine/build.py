@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import batchinfer
+from batchinfer import pulse
 from batchinfer.cache import cache_root, digest, make_folder
 from batchinfer.engine.model.source import DEFAULT_SEQ_LEN, ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
@@ -77,6 +78,7 @@ def build(
         shown = progress and sys.stderr.isatty()
         for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
             save_file(group, folder / "weights" / f"{name}.safetensors")
+            pulse.beat()
         EnginePlan(
             path=folder,
             model=source.name,

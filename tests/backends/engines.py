@@ -70,11 +70,8 @@ def _raise():
 HARMS = {
     "segfault": _segfault,
     "exit": lambda: os._exit(7),
-    "sys_exit": lambda: sys.exit(3),
     "oom": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda: time.sleep(3600),
-    "spin": lambda: [None for _ in iter(int, 1)],
-    "seize": lambda: ctypes.PyDLL(None).sleep(3600),
+    "seize": lambda: ctypes.PyDLL(None).sleep(3600),  # lets no other thread of the process run
     "raise": _raise,
 }
 
