@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +14,13 @@ class Answers:
     """The text of a model's completions, and where they end.
 
     Args:
-        config: the model's Hugging Face config.
+        eos_token_ids: those of the model.
         tokenizer: that of the opened LLM, which knows the EOS that it stops at; None if it has none.
     """
 
-    def __init__(self, tokenizer_dir: Path, config: Mapping[str, Any], tokenizer: Any) -> None:
-        eos = config.get("eos_token_id")
-        known = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        self._end_id = getattr(tokenizer, "eos_token_id", None)
-        if self._end_id is None:
-            self._end_id = known[0] if known else None
-        ids = known if self._end_id is None else [self._end_id, *known]
-        self.eos_token_ids = tuple(dict.fromkeys(int(token) for token in ids))
+    def __init__(self, tokenizer_dir: Path, eos_token_ids: Sequence[int], tokenizer: Any) -> None:
+        own = getattr(tokenizer, "eos_token_id", None)
+        self.eos_token_ids = tuple(dict.fromkeys((*([] if own is None else [int(own)]), *eos_token_ids)))
         self._text = Text(tokenizer_dir)
 
     def output(
@@ -39,9 +34,10 @@ class Answers:
         silent = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)}
         if finish_reason == "stop" and not (ids and ids[-1] in silent):
             # Whether the token that it stopped at comes back differs between its samplers.
-            ended_at = stop_reason if isinstance(stop_reason, int) else self._end_id if stop_reason is None else None
-            if ended_at is not None:
-                ids.append(ended_at)
+            if isinstance(stop_reason, int):
+                ids.append(stop_reason)
+            elif stop_reason is None:
+                ids += self.eos_token_ids[:1]
         if sampling.stop and (end := self._spelled(ids, sampling.stop)) is not None:
             ids, finish_reason = ids[:end], "stop"
         said = ids[:-1] if finish_reason == "stop" and ids and ids[-1] in silent else ids

@@ -155,15 +155,17 @@ def sampling_arguments(params: SamplingParams, index: int, end_ids: tuple[int, .
 
 
 def environment(job: Job, environ: Mapping[str, str], cache: Path, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Prefixes of variables to keep from the engine's process, and variables to set there.
+    """Prefixes of variables to keep from the engine's process, and variables to set there; ``cache`` is made.
 
     What a batch system tells about its own MPI makes tensorrt_llm join that job instead of starting its own ranks;
     under ``trtllm-llmapi-launch`` it is meant to.
     """
+    tactics = cache / "tensorrt_llm"
+    tactics.mkdir(parents=True, exist_ok=True)
     launched = environ.get("TLLM_SPAWN_PROXY_PROCESS") == "1"
     own = {
         "TRTLLM_NO_USAGE_STATS": "1",
-        "TLLM_AUTOTUNER_CACHE_PATH": str(cache / "tensorrt_llm" / "autotuner.json"),
+        "TLLM_AUTOTUNER_CACHE_PATH": str(tactics / "autotuner.json"),
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded at run time
     }
     if job.engine.threads:

@@ -30,7 +30,7 @@ from batchinfer.backends.tensorrt_llm.arguments import (
 )
 from batchinfer.backends.tensorrt_llm.build import fingerprint, prepared
 from batchinfer.backends.tensorrt_llm.plan import TensorRTPlan, explain, model_folder
-from batchinfer.backends.tensorrt_llm.versions import Release, installed, needed
+from batchinfer.backends.tensorrt_llm.versions import installed, needed
 from batchinfer.cache import cache_root
 from batchinfer.deadline import seconds
 from batchinfer.errors import EngineError, ModelError
@@ -61,15 +61,13 @@ class RowFailed(Exception):
 
 
 class TensorRTBackend:
-    def __init__(self, llm: Any, plan: TensorRTPlan, job: Job, release: Release, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, llm: Any, plan: TensorRTPlan, job: Job, fingerprint: dict[str, Any]) -> None:
         """
         Args:
             llm: an opened ``tensorrt_llm.LLM``.
         """
         import tensorrt_llm
 
-        source = model_folder(plan.model)
-        config = source.config()
         self.tokenizer_dir, self.max_seq_len = plan.tokenizer_dir, plan.profile.seq_len
         self.fingerprint = fingerprint
         self._llm = llm
@@ -77,8 +75,8 @@ class TensorRTBackend:
         self._executor = getattr(llm, "_executor", None)
         self._params = tensorrt_llm.SamplingParams
         self._guide = _guide(job)
-        self._answers = Answers(plan.tokenizer_dir, config, getattr(llm, "tokenizer", None))
-        self._vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+        self._answers = Answers(plan.tokenizer_dir, plan.eos_token_ids, getattr(llm, "tokenizer", None))
+        self._vocabulary = plan.vocab_size
         self._batch_size = plan.profile.batch_size
         self._timeout = seconds(job.limits.engine_timeout)
         self._loop = asyncio.new_event_loop()
@@ -126,7 +124,7 @@ class TensorRTBackend:
             if line := explain(error, release):
                 raise ModelError(line) from error
             raise EngineError(f"{release} cannot load {plan.checkpoint}: {_one_line(error)}") from error
-        return cls(llm, plan, job, release, fingerprint(job, plan, release))
+        return cls(llm, plan, job, fingerprint(job, plan, release))
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
         tasks: set[asyncio.Task[None]] = set()
@@ -220,7 +218,7 @@ class TensorRTBackend:
                 "raise engine.profile.seq_len or shorten it"
             )
         low, high = min(prompt), max(prompt)
-        if low < 0 or (self._vocabulary and high >= self._vocabulary):
+        if low < 0 or high >= self._vocabulary:
             return f"the prompt has token id {low if low < 0 else high}, the model knows 0 to {self._vocabulary - 1}"
         return None
 

@@ -52,7 +52,8 @@ def build(
     release = needed()
     check(job, release)
     source, gpu = model_folder(job.model.path), _bound_to(job)
-    limits = Limits.of(job.engine, source)
+    limits, config = Limits.of(job.engine, source), source.config()
+    eos = config.get("eos_token_id")
     if output is None:
         target = _cached(job, source, limits, gpu, release)
         if target.is_dir():
@@ -69,7 +70,7 @@ def build(
         write_tokenizer(source, folder / "tokenizer")
         calibration = ""
         if _needs_tools(job):
-            if "auto_map" in source.config():
+            if "auto_map" in config:
                 raise ModelError(f"{source.name} brings its own code (auto_map in config.json), which is never run")
             calibration = _make(job, source, limits, folder, prompts, release)
         own = job.engine.tensorrt
@@ -88,6 +89,8 @@ def build(
             tp=job.engine.tp,
             pp=job.engine.pp,
             profile=limits,
+            vocab_size=config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1 << 31,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             fingerprint={
                 "weights": weights_digest(source),
                 "tokenizer": file_digest(sorted((folder / "tokenizer").iterdir())),

@@ -39,6 +39,8 @@ class TensorRTPlan:
     tp: int
     pp: int
     profile: Limits
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # weights and tokenizer digests, gpu, tensorrt_llm, batchinfer
 
     @classmethod
@@ -58,7 +60,8 @@ class TensorRTPlan:
             raise ModelError(
                 f'{path} has plan format {found}, engine.backend = "tensorrt-llm" reads {FORMAT}: build it again'
             )
-        return cls(path=path, **value | {"profile": Limits(**value["profile"])})
+        typed = {"profile": Limits(**value["profile"]), "eos_token_ids": tuple(value["eos_token_ids"])}
+        return cls(path=path, **value | typed)
 
     def save(self) -> None:
         value = {"format": FORMAT} | asdict(self)

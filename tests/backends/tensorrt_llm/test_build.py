@@ -190,6 +190,13 @@ def test_what_is_no_plan_is_told(tmp_path, fresh, site):
         build(make_job(tmp_path, fresh), tmp_path / "native")
 
 
+def test_what_was_made_of_a_model_needs_the_model_no_more(tmp_path, fresh, site):
+    site()
+    plan = build(make_job(tmp_path, fresh, **ENGINE), tmp_path / "plan", progress=False)
+    fresh.rename(tmp_path / "gone")
+    opened(make_job(tmp_path, fresh, **ENGINE, engine__plan=str(plan.path)))
+
+
 def test_plans_come_back_as_they_were_saved(tmp_path, fresh, site):
     site()
     plan = build(make_job(tmp_path, fresh), tmp_path / "plan", progress=False, warm=False)

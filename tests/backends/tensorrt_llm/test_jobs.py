@@ -35,7 +35,7 @@ def write(folder: Path, texts: list[str]) -> None:
 
 def job_file(folder: Path, model: Path, **changes) -> str:
     """The job as TOML, as a user has it; JSON's values are TOML's here."""
-    job = make_job(folder, model, **{"limits__engine_timeout": "2s", **changes})
+    job = make_job(folder, model, **{"limits__engine_timeout": "30s", **changes})
     lines: list[str] = []
 
     def section(name: str, value: dict) -> None:
@@ -115,7 +115,7 @@ def test_the_row_that_kills_the_engine_is_set_aside_with_its_reason_and_all_othe
     texts = [f"say {i}" for i in range(12)]
     texts[3] = word
     write(tmp_path, texts)
-    done = command(site, "run", job_file(tmp_path, model, limits__engine_timeout="0.5s"))
+    done = command(site, "run", job_file(tmp_path, model, limits__engine_timeout="2s"))
     assert done.returncode == 0, done.stderr
     for text, completion, error in rows(tmp_path):
         assert (completion == text.removeprefix("say ")) is (text != word)
@@ -126,7 +126,7 @@ def test_an_error_that_an_innocent_row_meets_is_not_held_against_it(tmp_path, mo
     texts = [f"say {i}" for i in range(10)]
     texts[3] = "!background"
     write(tmp_path, texts)
-    done = command(site, "run", job_file(tmp_path, model, limits__engine_timeout="0.5s"))
+    done = command(site, "run", job_file(tmp_path, model, limits__engine_timeout="2s"))
     assert done.returncode == 0, done.stderr
     assert [text for text, _, error in rows(tmp_path) if error] == ["!background"]
     assert "background thread failed" in done.stderr
