@@ -35,7 +35,7 @@ class Counters:
     cached_tokens: int = 0
     completion_tokens: int = 0
     schedule_seconds: float = 0.0  # composing steps
-    compute_seconds: float = 0.0  # running them, sampling included
+    compute_seconds: float = 0.0  # running them, sampling included; on a GPU launching them and waiting for tokens
     collect_seconds: float = 0.0  # taking in their tokens; text of finished requests
 
     def copy(self) -> Counters:
@@ -186,7 +186,8 @@ class Engine:
             self.stage.page_size,
             self.plan.eos_token_ids,
             self.prefix_sharing,
-            self.stage.depth,
+            micro_batches=self.stage.depth - self.stage.ahead,
+            ahead=self.stage.ahead,
         )
 
     # -- intake ---------------------------------------------------------------------------------------------------

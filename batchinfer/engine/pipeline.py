@@ -49,6 +49,8 @@ class Pipeline:
     each step goes to both, in parts. A rank that dies or is silent for too long ends them all.
     """
 
+    ahead = 0  # a row's next token is computed when the host knows its last
+
     def __init__(
         self,
         plan: EnginePlan,

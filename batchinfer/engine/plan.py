@@ -24,7 +24,7 @@ from batchinfer.cache import digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.errors import ModelError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class EnginePlan:
     profile: Profile
     eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
+    kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8
 
     @classmethod
     def load(cls, path: str | Path) -> EnginePlan:
@@ -78,6 +79,7 @@ class EnginePlan:
             profile=Profile(**value["profile"]),
             eos_token_ids=tuple(value["eos_token_ids"]),
             fingerprint=value["fingerprint"],
+            kv_dtype=value["kv_dtype"],
         )
         plan._check_device()
         return plan
@@ -136,4 +138,5 @@ def describe(plan: EnginePlan) -> dict[str, Any]:
         "tokenizer": plan.fingerprint["tokenizer"],
         "dtype": plan.dtype,
         "quantization": plan.quantization,
+        "kv_dtype": plan.kv_dtype,
     }

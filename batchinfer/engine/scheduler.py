@@ -41,7 +41,7 @@ class Sequence:
 class StepBatch:
     """The tokens of one step, on the host. ``rows`` below are rows of the scheduler's table."""
 
-    token_ids: np.ndarray  # int32 [tokens]
+    token_ids: np.ndarray  # int32 [tokens]; -1 stands for the row's token sampled last, which is not known here yet
     positions: np.ndarray  # int32 [tokens]
     slots: np.ndarray  # int32 [tokens] KV slot of each token: page * page_size + offset
     rows: np.ndarray  # int64 [sequences]
@@ -51,11 +51,18 @@ class StepBatch:
     decodes: np.ndarray  # bool [sequences] it goes on from a token of its own: all before it was computed
     sampled: np.ndarray  # int64 [samples] the tokens, by place in this step, whose logits are wanted
     sampled_rows: np.ndarray  # int64 [samples]
+    tenancies: np.ndarray  # int64 [samples] which of the sequences that had the row after each other
     sampling: SamplingBatch
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def decodes(self) -> int:
+        """So many sequences, at the front, have one token each."""
+        more = np.diff(self.query_starts) != 1
+        return int(more.argmax()) if more.any() else len(more)
 
 
 class Scheduler:
@@ -70,6 +77,11 @@ class Scheduler:
     ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out. With several
     ``micro_batches`` under way in a pipeline, a step takes its share of the decoding rows, whichever are ready, and of
     the prefill that is to be done: so that every stage sees even steps, however unevenly rows end.
+
+    A row may also go on while up to ``ahead`` of its tokens are awaited, where the device knows them. If such a token
+    turns out to have ended its sequence, what was composed since is computed for nothing. It does no harm, because
+    steps run in order: whoever gets the sequence's pages writes to them later. Rows with a repetition penalty never go
+    ahead, since their whole history decides.
     """
 
     def __init__(
@@ -80,6 +92,7 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         share_prefixes: bool,
         micro_batches: int = 1,
+        ahead: int = 0,
     ) -> None:
         rows = profile.batch_size
         self.profile = profile
@@ -87,6 +100,7 @@ class Scheduler:
         self.page_size = page_size
         self.share_prefixes = share_prefixes
         self.micro_batches = micro_batches
+        self.ahead = ahead
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
         self._eos = np.array(eos_token_ids, np.int32)
@@ -101,7 +115,8 @@ class Scheduler:
         self._computed = np.zeros(rows, np.int32)  # tokens whose keys and values are in pages, or will be by then
         self._prompt_len = np.zeros(rows, np.int32)
         self._limit = np.zeros(rows, np.int32)
-        self._awaiting = np.zeros(rows, bool)
+        self._awaited = np.zeros(rows, np.int32)  # tokens beyond those known, of steps not yet complete
+        self._tenancy = np.zeros(rows, np.int64)  # sequences that have left the row
         self._ignore_eos = np.zeros(rows, bool)
         self._asks_stop = np.zeros(rows, bool)
         self._sampling = {
@@ -126,10 +141,13 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> StepBatch | None:
-        """Compose the next step and reserve its pages; None when nothing can run."""
+        """Compose the next step and reserve its pages; None when nothing can run before ``complete``."""
         preemptions = self.preemptions
         most_decoding, most_tokens = self._fair_share()
-        rows, chunks = self._continue_running(most_decoding, most_tokens)
+        going_on = self._continue_running(most_decoding, most_tokens)
+        if going_on is None:
+            return None
+        rows, chunks = going_on
         room = most_tokens - int(chunks.sum())
         # Whoever had to leave must not come back at once, only to be in the way again.
         admitted, their_chunks = self._admit(room if self.preemptions == preemptions else 0)
@@ -143,8 +161,9 @@ class Scheduler:
 
         A negative token id means that the row's logits were not finite; such a sequence ends with reason ``error``.
         """
-        rows = batch.sampled_rows
-        self._awaiting[rows] = False
+        still_there = self._tenancy[batch.sampled_rows] == batch.tenancies
+        rows, token_ids = batch.sampled_rows[still_there], token_ids[still_there]
+        self._awaited[rows] -= 1
         self._tokens[rows, self._length[rows]] = token_ids
         self._length[rows] += 1
         failed = token_ids < 0
@@ -167,7 +186,6 @@ class Scheduler:
         for row in self._running.tolist():
             self._vacate(row)
         self._running = self._running[:0]
-        self._awaiting[:] = False
 
     # -- running rows ---------------------------------------------------------------------------------------------
 
@@ -185,11 +203,14 @@ class Scheduler:
         prefill = max(-(-prefill // (_PREFILL_ROUNDS * self.micro_batches)), self.profile.step_tokens // 16)
         return max(1, decoding), min(decoding + prefill, self.profile.step_tokens)
 
-    def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be."""
+    def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be.
+
+        None when pages are short and all who could give up theirs await a token.
+        """
         while True:
-            rows = self._running[~self._awaiting[self._running]]
-            todo = self._length[rows] - self._computed[rows]
+            rows = self._running[self._may_go_on(self._running)]
+            todo = self._length[rows] + self._awaited[rows] - self._computed[rows]
             decode_first = np.argsort(todo > 1, kind="stable")
             rows, todo = rows[decode_first], todo[decode_first]
             taken = (todo > 1) | (np.arange(len(rows)) < most_decoding)
@@ -200,13 +221,20 @@ class Scheduler:
             need = self._pages_for(self._computed[rows] + chunks) - self._held[rows]
             if need.sum() <= self.pages.available:
                 break
-            self._preempt_newest()
+            ready = self._running[self._awaited[self._running] == 0]
+            if not len(ready):
+                return None
+            self._preempt(int(ready[-1]))
         self._take_pages(rows, need)
         self._advance(rows, chunks)
         return rows, chunks
 
-    def _preempt_newest(self) -> None:
-        row = next(int(row) for row in self._running[::-1] if not self._awaiting[row])
+    def _may_go_on(self, rows: np.ndarray) -> np.ndarray:
+        awaited = self._awaited[rows]
+        goes_ahead = (awaited <= self.ahead) & (self._sampling["repetition_penalty"][rows] == 1)
+        return (awaited == 0) | (goes_ahead & (self._length[rows] + awaited < self._limit[rows]))
+
+    def _preempt(self, row: int) -> None:
         sequence = self._sequences[row]
         sequence.token_ids = self._tokens[row, : self._length[row]].copy()
         self._vacate(row)
@@ -281,7 +309,7 @@ class Scheduler:
         self._length[row] = length
         self._prompt_len[row] = sequence.prompt_len
         self._limit[row] = sequence.limit
-        self._computed[row] = self._held[row] = self._published[row] = 0
+        self._computed[row] = self._held[row] = self._published[row] = self._awaited[row] = 0
         self._ignore_eos[row] = sequence.sampling.ignore_eos
         self._asks_stop[row] = sequence.stops is not None
         self._index[row] = sequence.index
@@ -318,6 +346,7 @@ class Scheduler:
         self.pages.release(self._page_table[row, : self._held[row]])
         self._held[row] = 0
         self._sequences[row] = None
+        self._tenancy[row] += 1
         self._free_rows.append(row)
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -331,11 +360,12 @@ class Scheduler:
         owners = np.repeat(rows, chunks)
         positions = np.arange(ends[-1]) - np.repeat(ends - context, chunks)
         pages = self._page_table[owners, positions // self.page_size]
-        samples = context == self._length[rows]
+        samples = context == self._length[rows] + self._awaited[rows]
         sampled_rows = rows[samples]
-        self._awaiting[sampled_rows] = True
+        sampling = self._sampling_batch(sampled_rows)
+        self._awaited[sampled_rows] += 1
         return StepBatch(
-            token_ids=self._tokens[owners, positions],
+            token_ids=np.where(positions < self._length[owners], self._tokens[owners, positions], np.int32(-1)),
             positions=positions.astype(np.int32),
             slots=(pages * self.page_size + positions % self.page_size).astype(np.int32),
             rows=rows,
@@ -345,17 +375,19 @@ class Scheduler:
             decodes=samples & (chunks == 1) & (context > self._prompt_len[rows]),
             sampled=ends[samples] - 1,
             sampled_rows=sampled_rows,
-            sampling=self._sampling_batch(sampled_rows),
+            tenancies=self._tenancy[sampled_rows],
+            sampling=sampling,
         )
 
     def _sampling_batch(self, rows: np.ndarray) -> SamplingBatch:
         chosen = {name: values[rows] for name, values in self._sampling.items()}
+        length = self._length[rows] + self._awaited[rows]
         return SamplingBatch(
             **chosen,
             index=self._index[rows],
-            position=self._length[rows].astype(np.int64),
+            position=length.astype(np.int64),
             history=self._tokens,
             history_rows=rows.astype(np.int32),
-            history_lens=self._length[rows],
+            history_lens=length,
             all_greedy=bool((chosen["temperature"] == 0).all() and (chosen["repetition_penalty"] == 1).all()),
         )

@@ -10,9 +10,11 @@ import torch
 
 from batchinfer.engine.comm import ALONE, Peers
 from batchinfer.engine.kernels import AttentionBatch, select
+from batchinfer.engine.kernels.linear.fp8 import E4M3
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.model.shard import Shard
-from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.plan import EnginePlan, Profile
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory
@@ -45,6 +47,7 @@ class Stage:
             ModelError: the memory does not hold one sequence of the profile's length.
         """
         self.depth = 1  # steps that may be launched before the first is taken
+        self.ahead = 0  # of those, how many may go on with tokens that nobody but the device knows yet
         self.shard = shard or Shard(plan.spec, range(plan.spec.num_layers))
         self.peers = peers
         spec, profile = self.shard.spec, plan.profile
@@ -52,6 +55,10 @@ class Stage:
         dtype = plan.torch_dtype
         self.kernels = select(self.device, dtype)
         self.kernels_name = self.kernels.name
+        if plan.kv_dtype != "auto" and self.device.type != "cuda":
+            raise ModelError(
+                f"kv_dtype {plan.kv_dtype!r} is for CUDA devices, the plan is for {plan.device!r}: use auto"
+            )
         attention = self.kernels.attention(
             spec.num_heads,
             spec.num_kv_heads,
@@ -60,6 +67,7 @@ class Stage:
             spec.window,
             dtype,
             self.device,
+            **({} if plan.kv_dtype == "auto" else {"kv_dtype": E4M3}),
         )
         self.decoder = Decoder(
             self.shard,
@@ -76,6 +84,12 @@ class Stage:
         page_bytes = attention.page_bytes(spec.num_layers)
         self.num_pages = agree(self._count_pages(plan, page_bytes, kv_cache_gib))
         self.caches = attention.allocate(spec.num_layers, self.num_pages)
+        self._gpu_steps = None
+        if self.device.type == "cuda" and self.shard.first and self.shard.last and self.shard.tp == 1:
+            from batchinfer.engine.gpu_steps import AHEAD, GpuSteps
+
+            self.depth, self.ahead = AHEAD + 1, AHEAD
+            self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, profile, self.page_size)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
         profile = plan.profile
@@ -85,7 +99,8 @@ class Stage:
         else:
             usual = -(-min(profile.seq_len, _USUAL_SEQ_LEN[self.device.type]) // self.page_size)
             wanted = max(pages_per_sequence, profile.batch_size * usual)
-            pages = min(int(_free_memory(self.device) / self.peers.on_this_device) // page_bytes, wanted)
+            free = _free_memory(self.device, self.shard.spec, profile) / self.peers.on_this_device
+            pages = min(int(free) // page_bytes, wanted)
         if pages < pages_per_sequence:
             raise ModelError(
                 f"KV pages for one sequence of {profile.seq_len} tokens take "
@@ -95,7 +110,9 @@ class Stage:
         return pages
 
     def launch(self, step: StepBatch) -> Tokens:
-        """Compute a step: keys and values into their pages, and sampled tokens to be asked for."""
+        """Compute a step, or begin to: keys and values into their pages, and sampled tokens to be asked for."""
+        if self._gpu_steps is not None:
+            return self._gpu_steps.launch(step)
         tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
         return lambda: tokens
 
@@ -121,6 +138,9 @@ class Stage:
             page_table=self._tensor(step.page_table),
             max_query_len=int(np.diff(step.query_starts).max()),
             max_context_len=int(step.context_lens.max()),
+            decodes=step.decodes,
+            prefills=len(step.rows) - step.decodes,
+            counts=self._tensor(np.array([step.decodes, len(step.rows)], np.int32)),
         )
         return self.decoder.forward(inputs, batch, self.caches, self._tensor(step.sampled))
 
@@ -141,8 +161,10 @@ class Stage:
         return torch.from_numpy(array).to(self.device)
 
 
-def _free_memory(device: torch.device) -> float:
-    """Bytes that KV pages may take: most of a GPU's, a quarter of a host's that others live on as well."""
+def _free_memory(device: torch.device, spec: DecoderSpec, profile: Profile) -> float:
+    """Bytes that KV pages may take: a GPU's but for what steps need, a quarter of a host's that others live on."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] * 0.9
+        a_token = 8 * spec.hidden_size + 4 * spec.qkv_size + 6 * spec.intermediate_size
+        steps = 2 * a_token * profile.step_tokens + 6 * spec.vocab_size * profile.batch_size
+        return 0.97 * torch.cuda.mem_get_info()[0] - steps - 2**30
     return available_memory() * 0.25

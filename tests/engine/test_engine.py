@@ -55,7 +55,8 @@ def test_n_completions_come_together_differ_and_share_the_prompt(engine):
     params = SamplingParams(max_tokens=16, temperature=1.5, n=4, seed=5)
     completion = only(engine.generate([ids(100, 100)], params))
     assert len({tuple(o.token_ids) for o in completion.outputs}) == 4
-    assert completion.cached_tokens >= 3 * 80
+    full_pages = 99 // engine.stage.page_size * engine.stage.page_size
+    assert completion.cached_tokens >= 3 * full_pages > 0
     first = only(engine.generate([ids(100, 100)], SamplingParams(max_tokens=16, temperature=1.5, seed=5)))
     assert first.outputs[0].token_ids == completion.outputs[0].token_ids
 

@@ -25,11 +25,15 @@ class FakeModel:
     def __init__(self, pages: int) -> None:
         self.slots = np.full(pages * PAGE, -1, np.int64)
         self.seen: dict[int, np.ndarray] = {}  # row → the tokens its last query could see
+        self.last: dict[int, int] = {}  # row → the token sampled last
 
     def run(self, step, eos_chance: float, rng) -> np.ndarray:
         self.seen.clear()
         # As in each layer of the real model: the whole step writes before any of it reads.
-        self.slots[step.slots] = step.token_ids
+        owners = np.repeat(step.rows, np.diff(step.query_starts))
+        self.slots[step.slots] = [
+            token if token >= 0 else self.last[row] for token, row in zip(step.token_ids.tolist(), owners.tolist())
+        ]
         for s in range(len(step.context_lens)):
             rows = slice(step.query_starts[s], step.query_starts[s + 1])
             context = step.context_lens[s]
@@ -37,7 +41,9 @@ class FakeModel:
             assert step.positions[rows].tolist() == list(range(context - count, context))
             pages = step.page_table[s, : -(-context // PAGE)]
             self.seen[int(step.rows[s])] = self.slots[(pages[:, None] * PAGE + np.arange(PAGE)).ravel()[:context]]
-        return np.where(rng.random(len(step.sampled)) < eos_chance, EOS, rng.integers(2, 9, len(step.sampled)))
+        tokens = np.where(rng.random(len(step.sampled)) < eos_chance, EOS, rng.integers(2, 9, len(step.sampled)))
+        self.last |= zip(step.sampled_rows.tolist(), tokens.tolist())
+        return tokens.astype(np.int32)
 
 
 def jobs():
@@ -60,13 +66,16 @@ def jobs():
     st.floats(0, 0.3),  # how likely a token is EOS
     st.floats(0, 1),  # what the scheduler believes of output lengths at first
     st.integers(1, 4),  # steps under way at once
+    st.integers(0, 2),  # and as many more that begin with tokens nobody knows yet
     st.integers(0, 2**31),
 )
-def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pages, share, eos, belief, depth, seed):
+def test_every_sequence_is_served_and_every_page_returned(
+    job, batch, extra, pages, share, eos, belief, depth, ahead, seed
+):
     rng = np.random.default_rng(seed)
     prefixes = rng.integers(2, 9, (3, SEQ_LEN))
     pool = PagePool(pages)
-    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share, depth)
+    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share, depth, ahead)
     scheduler._used_share = belief
     model = FakeModel(pages)
     sequences = []
@@ -83,7 +92,7 @@ def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pag
     for _ in range(10_000):
         if not (scheduler.waiting or scheduler.num_running or under_way):
             break
-        step = scheduler.schedule() if len(under_way) < depth else None
+        step = scheduler.schedule() if len(under_way) < depth + ahead else None
         if step is None:
             assert under_way, "work is left and nothing runs: starvation"
             finished += scheduler.complete(*under_way.popleft())
@@ -93,10 +102,11 @@ def test_every_sequence_is_served_and_every_page_returned(job, batch, extra, pag
         tokens = model.run(step, eos, rng)
         check_pages(scheduler, pool)
         for row, seen in model.seen.items():
-            assert seen.tolist() == scheduler._tokens[row, : len(seen)].tolist()
+            known = min(len(seen), scheduler._length[row])
+            assert seen[:known].tolist() == scheduler._tokens[row, :known].tolist()
         owners = [scheduler._sequences[row].owner for row in step.rows]
         admitted += [owner for owner in owners if owner not in admitted]
-        under_way.append((step, tokens.astype(np.int32)))
+        under_way.append((step, tokens))
     assert sorted(s.owner for s in finished) == list(range(len(job)))
     assert admitted == sorted(admitted), "a later sequence ran before an earlier one"
     assert pool.held == 0 and not pool.references.any()
@@ -203,6 +213,33 @@ def test_prefill_is_spread_over_the_steps_of_a_pipeline():
         sizes.append(step.num_tokens)
     assert sum(sizes) == 16 * 40
     assert sizes[0] == 16 * 40 // 8 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
+
+
+def test_a_step_ahead_begins_with_a_token_that_nobody_knows_and_counts_for_nothing_after_the_end():
+    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True, ahead=1)
+    scheduler.add(sequence([2, 3]))
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert (second.token_ids.tolist(), second.positions.tolist()) == ([-1], [2])
+    assert scheduler.schedule() is None  # two steps ahead would be too far
+    (ended,) = scheduler.complete(first, np.array([EOS], np.int32))
+    assert ended.completion_ids.tolist() == [EOS] and scheduler.pages.held == 0
+    scheduler.add(sequence([4]))  # gets the row
+    third = scheduler.schedule()
+    assert third.rows.tolist() == second.rows.tolist()
+    assert scheduler.complete(second, np.array([5], np.int32)) == []
+    scheduler.complete(third, np.array([6], np.int32))
+    assert scheduler.schedule().token_ids.tolist() == [6]
+
+
+def test_no_step_goes_ahead_of_the_last_token_of_a_row_or_of_a_history_that_is_to_be_penalised():
+    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True, ahead=1)
+    scheduler.add(sequence([2, 3], max_tokens=1))
+    penalised = sequence([2, 4])
+    penalised.sampling = SamplingParams(repetition_penalty=1.5)
+    scheduler.add(penalised)
+    assert len(scheduler.schedule().sampled) == 2
+    assert scheduler.schedule() is None
 
 
 def test_logits_that_are_not_finite_end_a_row_with_an_error():

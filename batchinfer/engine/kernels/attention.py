@@ -28,6 +28,11 @@ class AttentionBatch:
     page_table: Tensor  # [sequences, max_pages]; the row stride may exceed max_pages, the last stride is 1
     max_query_len: int
     max_context_len: int
+    # For kernels that treat sequences of one row apart: how many there are at the front, and how many after them.
+    # ``counts`` is what counts on a GPU, [2]: those at the front, and all; the numbers are the most that it may say.
+    decodes: int = 0
+    prefills: int = 0
+    counts: Tensor | None = None
 
 
 class PagedAttention(ABC):

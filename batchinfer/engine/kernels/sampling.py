@@ -42,7 +42,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     x = logits.float()
     x = torch.where(x.isnan(), -torch.inf, x)
     if not batch.all_greedy:
-        x = _penalise(x, batch)
+        x = penalise(x, batch)
     top, token = x.max(dim=-1)
     if not batch.all_greedy:
         drawn = (torch.from_numpy(batch.temperature).to(x.device) > 0) & top.isfinite()
@@ -66,7 +66,8 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _penalise(x: Tensor, batch: SamplingBatch) -> Tensor:
+def penalise(x: Tensor, batch: SamplingBatch) -> Tensor:
+    """Repetition penalties applied to float32 logits, in place."""
     rows = np.flatnonzero(batch.repetition_penalty != 1)
     if not len(rows):
         return x

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
 from batchinfer.engine.kernels.linear import Linear, dense, load_linear
+from batchinfer.engine.kernels.linear.fp8 import E4M3
 from batchinfer.engine.model.shard import Shard
 
 Group = dict[str, Tensor]
@@ -86,43 +87,79 @@ class Decoder:
             self.head = dense(self.embedding if spec.tied_head else head["weight"])
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
-        self._normed = torch.empty(max_tokens, spec.hidden_size, dtype=dtype, device=device)
+        self._max_tokens, self._dtype, self._device = max_tokens, dtype, device
+        self._rooms: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
         self._q = torch.empty(max_tokens, heads, dtype=dtype, device=device)
         self._attended = torch.empty(max_tokens, heads, dtype=dtype, device=device)
-        self._activated = torch.empty(max_tokens, spec.intermediate_size, dtype=dtype, device=device)
 
-    def forward(self, inputs: Tensor, batch: AttentionBatch, caches: list, sampled: Tensor) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        batch: AttentionBatch,
+        caches: list,
+        sampled: Tensor | None,
+        logits: Tensor | None = None,
+    ) -> Tensor:
         """Run the tokens of a step through the layers; keys and values go to ``caches``.
 
         Args:
             inputs: for the first layers token ids, integer ``[tokens]``; for others the residual stream that the layers
                 before gave, float32 ``[tokens, hidden]``, which is overwritten.
-            sampled: integer ``[samples]``, places among the tokens.
+            sampled: integer ``[samples]``, places among the tokens; None for all of them.
+            logits: ``dtype [at least samples, vocabulary]``, where logits go if given.
 
         Returns:
             After the last layer the logits at ``sampled``, ``dtype [samples, vocabulary]`` (this rank's rows of it),
             else the residual stream.
         """
-        kernels, eps = self.kernels, self.spec.rms_norm_eps
+        kernels, eps, hidden = self.kernels, self.spec.rms_norm_eps, self.spec.hidden_size
         tokens = len(inputs)
-        normed, q, attended = self._normed[:tokens], self._q[:tokens], self._attended[:tokens]
-        activated = self._activated[:tokens]
+        q, attended = self._q[:tokens], self._attended[:tokens]
         residual = self.embed(inputs) if self.shard.first else inputs
         delta = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, normed)
-            qkv = layer.qkv(normed)
+            normed = self._room(tokens, hidden, layer.qkv)
+            kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, *normed)
+            qkv = layer.qkv(*normed)
             self.attention.rope_write(qkv, self.cos_sin, batch, cache, layer.q_norm, layer.k_norm, eps, q)
             self.attention.attend(q, batch, cache, attended)
-            if self.shard.last and layer is self.layers[-1]:
+            if self.shard.last and layer is self.layers[-1] and sampled is not None:
                 # Keys and values are written: from here on only tokens whose logits are wanted matter.
-                attended, residual = attended[sampled], residual[sampled]
-                normed, activated = normed[: len(sampled)], activated[: len(sampled)]
-            kernels.add_rms_norm(residual, self.all_reduce(layer.o(attended)), layer.mlp_norm, eps, normed)
-            delta = self.all_reduce(layer.down(kernels.silu_mul(layer.gate_up(normed), activated)))
+                attended, residual, tokens = attended[sampled], residual[sampled], len(sampled)
+                if not tokens:
+                    return attended.new_empty(0, len(self.shard.vocabulary))
+            o = layer.o(*self._as_taken(attended, layer.o))
+            normed = self._room(tokens, hidden, layer.gate_up)
+            kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, eps, *normed)
+            activated = self._room(tokens, self.spec.intermediate_size, layer.down)
+            kernels.silu_mul(layer.gate_up(*normed), *activated)
+            delta = self.all_reduce(layer.down(*activated))
         if not self.shard.last:
             return residual.add_(delta)
-        return self.head(kernels.add_rms_norm(residual, delta, self.norm, eps, normed))
+        normed = self._room(tokens, hidden, self.head)
+        kernels.add_rms_norm(residual, delta, self.norm, eps, *normed)
+        if logits is None:
+            return self.head(*normed)
+        return torch.mm(*normed, self.head.weight.t(), out=logits[:tokens])
+
+    def _room(self, tokens: int, width: int, linear: Linear) -> tuple[Tensor, ...]:
+        """Memory for what ``linear`` takes: values, and a scale a token where the kernels quantise them in passing."""
+        fused = self.kernels.quantize is not None and linear.input_dtype == E4M3
+        dtype = E4M3 if fused else self._dtype
+        if (width, dtype) not in self._rooms:
+            room = [torch.empty(self._max_tokens, width, dtype=dtype, device=self._device)]
+            if fused:
+                room.append(torch.empty(self._max_tokens, 1, dtype=torch.float32, device=self._device))
+            self._rooms[width, dtype] = tuple(room)
+        return tuple(part[:tokens] for part in self._rooms[width, dtype])
+
+    def _as_taken(self, x: Tensor, linear: Linear) -> tuple[Tensor, ...]:
+        """``x`` as ``linear`` takes it."""
+        room = self._room(*x.shape, linear)
+        if len(room) == 1:
+            return (x,)
+        self.kernels.quantize(x, *room)
+        return room
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The residual stream that the layers begin with, float32 ``[tokens, hidden]``."""

@@ -40,17 +40,22 @@ class Sequences:
         for row, s in enumerate(active):
             table[row, : -(-ends[s] // self.page_size)] = self.pages[s][: -(-ends[s] // self.page_size)]
 
+        decodes = next((s for s, length in enumerate(lengths) if length > 1), len(lengths))
+
         def ints(values: object) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(values, np.int32))
+            return torch.tensor(np.asarray(values, np.int32))
 
         return AttentionBatch(
             positions=ints(positions),
             slots=ints(slots),
             query_starts=ints(np.cumsum([0, *lengths])),
             context_lens=ints([ends[s] for s in active]),
-            page_table=torch.from_numpy(table)[:, :-2],
+            page_table=ints(table)[:, :-2],
             max_query_len=max(lengths),
             max_context_len=max(ends[s] for s in active),
+            decodes=decodes,
+            prefills=len(active) - decodes,
+            counts=ints([decodes, len(active)]),
         )
 
     def history(self) -> AttentionBatch:

@@ -1,13 +1,21 @@
-"""The fast kernels of this machine, or a skip that says why there are none."""
+"""The fast kernels of this machine, or a skip that says why there are none.
+
+Every test of the CPU's kernels is one of the GPU's too, where there is one. Without one, TRITON_INTERPRET=1 runs the
+GPU's kernels on the CPU, very slowly: good enough to see that they compute the right thing.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from batchinfer.engine.kernels import Kernels, select
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAST = ["cpu"] + (["gpu"] if torch.cuda.is_available() or INTERPRETED else [])  # whose kernels can be tested here
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +32,21 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture
-def kernels(dtype: torch.dtype) -> Kernels:
-    kernels = select(torch.device("cpu"), dtype)
-    if kernels.name != "cpu":
+@pytest.fixture(params=FAST)
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[Kernels]:
+    """While a test has them, tensors are made on their device."""
+    device = torch.device("cuda" if request.param == "gpu" and not INTERPRETED else "cpu")
+    kernels = gpu_kernels() if request.param == "gpu" else select(device, dtype)
+    if kernels.name != request.param:
         pytest.skip("the CPU kernels cannot be built here (see the warning in the log)")
-    return kernels
+    with device:
+        yield kernels
+
+
+def gpu_kernels() -> Kernels:
+    from batchinfer.engine.kernels.gpu import KERNELS
+
+    return KERNELS
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from batchinfer.engine.kernels import sampling, select
 from tests.engine.kernels.batches import sampling_batch
+from tests.engine.kernels.conftest import FAST, INTERPRETED, gpu_kernels
 
 POINTS = 4000  # draws that show which tokens a row can give
 
@@ -17,7 +18,7 @@ POINTS = 4000  # draws that show which tokens a row can give
 def draws(sample, row, **filters):
     """Tokens of one row at many positions, so at many uniform numbers."""
     batch = sampling_batch(POINTS, position=np.arange(POINTS), seed=7, **filters)
-    return sample(row.expand(POINTS, -1), batch).numpy()
+    return sample(row.expand(POINTS, -1), batch).cpu().numpy()
 
 
 def hugging_face(row, history=(), **filters):
@@ -33,17 +34,19 @@ def hugging_face(row, history=(), **filters):
     chain += [hf.MinPLogitsWarper(filters["min_p"])] if filters.get("min_p") else []
     for processor in chain:
         scores = processor(ids, scores)
-    return scores[0].softmax(dim=-1).numpy()
+    return scores[0].softmax(dim=-1).cpu().numpy()
 
 
-@pytest.fixture(params=["reference", "fast"])
+@pytest.fixture(params=["reference", *FAST])
 def sample(request):
     if request.param == "reference":
-        return sampling.sample
-    kernels = select(torch.device("cpu"), torch.float32)
-    if kernels.name != "cpu":
+        yield sampling.sample
+        return
+    kernels = gpu_kernels() if request.param == "gpu" else select(torch.device("cpu"), torch.float32)
+    if kernels.name != request.param:
         pytest.skip("the CPU kernels cannot be built here")
-    return kernels.sample
+    with torch.device("cuda" if request.param == "gpu" and not INTERPRETED else "cpu"):
+        yield kernels.sample
 
 
 FILTERS = [
@@ -60,7 +63,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_tokens_are_distributed_as_hugging_faces(sample, filters):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     row = torch.randn(60, generator=generator) * 2
     history = np.array([[0] * 9, [3, 5, 5, 11, 40, 59, 3, 1, 1]], np.int32)
     used = history[1, :7] if "repetition_penalty" in filters else ()
@@ -118,7 +121,7 @@ def test_fast_tokens_are_the_references(kernels, dtype, vocabulary, scale):
     )
     fast, reference = kernels.sample(logits, batch), sampling.sample(logits, batch)
     assert fast.dtype == reference.dtype == torch.int32
-    for row in np.flatnonzero((fast != reference).numpy()):  # only where rounding may decide
+    for row in np.flatnonzero((fast != reference).cpu().numpy()):  # only where rounding may decide
         cdf, u = kept_cdf(logits[row], one_row(batch, row))
         token = int(fast[row])
         low = float(cdf[token - 1]) if token else 0.0

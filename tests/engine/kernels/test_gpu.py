@@ -1,0 +1,83 @@
+"""What only the GPU's kernels do: FP8 in passing, FP8 keys and values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from batchinfer.engine.kernels import activation, norm
+from batchinfer.engine.kernels.attention import TorchPagedAttention
+from batchinfer.engine.kernels.linear.fp8 import E4M3
+from tests.engine.kernels.batches import Sequences, rope_table
+from tests.engine.kernels.conftest import gpu_kernels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+STEP = 2**-4 + 1e-3  # two e4m3 numbers beside each other differ by an eighth at most: half of it is a rounding
+
+
+@pytest.fixture
+def kernels():
+    with torch.device("cuda"):
+        yield gpu_kernels()
+
+
+def quantised(made, expected, work):
+    """What ``work`` writes, from poison, against ``expected``."""
+    values = torch.full(made, float("nan")).to(E4M3)
+    scale = torch.full((made[0], 1), float("nan"))
+    work(values, scale)
+    assert torch.equal(values.float().abs().amax(dim=1), torch.full_like(scale[:, 0], 448))
+    torch.testing.assert_close(values.float() * scale, expected.float(), rtol=STEP, atol=float(scale.max()) / 256)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(3, 16), (5, 577), (70, 4096)])
+def test_norm_activation_and_attention_are_quantised_in_passing(kernels, dtype, tokens, width):
+    residual, weight, delta = torch.randn(tokens, width), torch.rand(width) + 0.5, torch.randn(tokens, width).to(dtype)
+    plain = torch.empty(tokens, width)
+    expected = norm.add_rms_norm(residual.clone(), delta, weight, 1e-5, plain).clone()
+    quantised((tokens, width), expected, lambda *out: kernels.add_rms_norm(residual, delta, weight, 1e-5, *out))
+    gate_up = torch.randn(tokens, 2 * width).to(dtype)
+    expected = activation.silu_mul(gate_up, plain).clone()
+    quantised((tokens, width), expected, lambda *out: kernels.silu_mul(gate_up, *out))
+    quantised((tokens, width), delta, lambda *out: kernels.quantize(delta, *out))
+
+
+def test_a_row_of_zeros_is_quantised_to_zeros(kernels):
+    values, scale = torch.full((1, 32), 7.0).to(E4M3), torch.empty(1, 1)
+    kernels.quantize(torch.zeros(1, 32), values, scale)
+    assert not values.float().any() and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", [(8, 2, 64), (4, 4, 16), (7, 1, 128), (6, 2, 48)], ids=str)
+def test_fp8_pages_hold_the_rotated_keys_and_attention_reads_what_they_hold(kernels, shape, window):
+    heads, kv_heads, dim = shape
+    page, rng, device = 32, np.random.default_rng(0), torch.get_default_device()
+    dtype = torch.bfloat16
+    sequences = Sequences.random(rng, [1, 40, 33, 300, 17, 128], [1, 1, 33, 1, 5, 64], page)
+    fast = kernels.attention(heads, kv_heads, dim, page, window, dtype, device, E4M3)
+    fast.scales.copy_(torch.rand_like(fast.scales) + 0.5)
+    reference = TorchPagedAttention(heads, kv_heads, dim, page, window, torch.float32, device)
+    (cache,) = fast.allocate(1, sequences.num_pages)
+    assert cache.nbytes == fast.page_bytes(1) * sequences.num_pages
+    cache.view(torch.uint8).fill_(0xFF)
+    (exact,) = reference.allocate(1, sequences.num_pages)
+    exact.fill_(float("nan"))
+    table = rope_table(dim, 512)
+    for batch in (sequences.history(), sequences.last()):
+        qkv = torch.randn(len(batch.slots), (heads + 2 * kv_heads) * dim).to(dtype)
+        q = torch.empty(len(qkv), heads * dim, dtype=dtype)
+        fast.rope_write(qkv, table, batch, cache, None, None, 1e-6, q)
+        reference.rope_write(
+            qkv.float(), table, batch, exact, None, None, 1e-6, torch.empty_like(q, dtype=torch.float32)
+        )
+        keys = cache[0].float().view(-1, kv_heads, page, dim)
+        values = cache[1].float().view(-1, kv_heads, page // 16, dim, 16).transpose(3, 4).reshape(keys.shape)
+        held = torch.stack((keys, values)) * fast.scales[:, None, :, None, None]
+        held = held.transpose(2, 3).contiguous()
+        torch.testing.assert_close(held, exact, rtol=STEP, atol=0.02, equal_nan=True)
+        out = fast.attend(q, batch, cache, torch.full_like(q, float("nan")))
+        expected = reference.attend(q.float(), batch, held, torch.empty_like(q, dtype=torch.float32))
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
