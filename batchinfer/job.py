@@ -223,6 +223,9 @@ class BuildSection(Section):
         "auto", description="how the weights of layers are kept; auto: as the model comes; each backend has its own"
     )
     calibration_rows: int = Field(512, ge=1, description="prompts of the job that a build calibrates with")
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="keys and values in their pages; fp8, on GPUs: half the memory and half the reading"
+    )
 
 
 class OutputSection(Section):

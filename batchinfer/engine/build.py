@@ -35,6 +35,7 @@ def build(
     step_tokens: int = 0,
     seq_len: int = 0,
     quantization: str = "auto",
+    kv_dtype: str = "auto",
     progress: bool = True,
 ) -> EnginePlan:
     """Build an engine for ``model``; into the cache when no ``output`` is given, where an equal build is found again.
@@ -45,6 +46,7 @@ def build(
         device, dtype: "auto" takes a CUDA GPU if there is one, and bfloat16 where the device multiplies it fast.
         batch_size, step_tokens, seq_len: limits of the profile, 0 for defaults.
         quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
+        kv_dtype: of keys and values in their pages, "fp8" (on GPUs) or "auto", which is ``dtype``.
 
     Raises:
         ModelError: the model cannot be used, the limits contradict it, or ``output`` exists. Nothing half-made stays.
@@ -53,8 +55,9 @@ def build(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     scheme = find_scheme(quantization)
+    check_kv_dtype(kv_dtype, device)
     if output is None:
-        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, quantization]
+        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, quantization, kv_dtype]
         key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
         target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
         if target.is_dir():
@@ -96,6 +99,7 @@ def build(
                 "torch": torch.__version__,
                 "batchinfer": batchinfer.__version__,
             },
+            kv_dtype=kv_dtype,
         ).save()
 
     try:
@@ -131,6 +135,17 @@ def choose_dtype(dtype: str, device: str) -> str:
         return dtype
     fast = device == "cuda" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return "bfloat16" if fast else "float32"
+
+
+def check_kv_dtype(kv_dtype: str, device: str) -> None:
+    """
+    Raises:
+        ModelError: pages of ``device`` do not hold such keys and values.
+    """
+    if kv_dtype not in ("auto", "fp8"):
+        raise ModelError(f"build.kv_dtype must be auto or fp8, got {kv_dtype!r}")
+    if kv_dtype == "fp8" and device != "cuda":
+        raise ModelError(f'build.kv_dtype = "fp8" is for CUDA devices, this engine is for {device!r}: use "auto"')
 
 
 def _read_config(

@@ -299,7 +299,9 @@ def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePla
         if not (Path(model).expanduser() / "plan.json").is_file():
             return build(str(model), **build_options)
         model = EnginePlan.load(model)
-    built = {name: getattr(model, name) for name in ("device", "dtype", "quantization")} | asdict(model.profile)
+    built = {name: getattr(model, name) for name in ("device", "dtype", "quantization", "kv_dtype")} | asdict(
+        model.profile
+    )
     for name, value in built.items():
         if (asked := build_options.get(name, value)) not in ("auto", 0, value):
             raise ModelError(

@@ -55,10 +55,6 @@ class Stage:
         dtype = plan.torch_dtype
         self.kernels = select(self.device, dtype)
         self.kernels_name = self.kernels.name
-        if plan.kv_dtype != "auto" and self.device.type != "cuda":
-            raise ModelError(
-                f"kv_dtype {plan.kv_dtype!r} is for CUDA devices, the plan is for {plan.device!r}: use auto"
-            )
         attention = self.kernels.attention(
             spec.num_heads,
             spec.num_kv_heads,

@@ -258,6 +258,8 @@ def test_a_model_that_cannot_be_used_gives_one_clear_error(tmp_path, how, messag
         ({"device": "gpu"}, "engine.device must be auto, cpu, cuda, got 'gpu'"),
         ({"dtype": "int8"}, "engine.dtype must be auto, float32 or bfloat16, got 'int8'"),
         ({"batch_size": -1}, "batch_size must be 0 .* got -1"),
+        ({"kv_dtype": "int3"}, "build.kv_dtype must be auto or fp8, got 'int3'"),
+        ({"kv_dtype": "fp8", "device": "cpu"}, "is for CUDA devices, this engine is for 'cpu'"),
         ({"seq_len": 100_000}, "more than the 512 positions"),
     ],
 )
@@ -279,6 +281,7 @@ def test_what_decides_tokens_is_described(engine):
         dataclasses.replace(plan, eos_token_ids=(1, 2)),
         dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, rms_norm_eps=1e-3)),
         dataclasses.replace(plan, dtype="bfloat16"),
+        dataclasses.replace(plan, kv_dtype="fp8"),
     ]
     assert all(describe(other) != describe(plan) for other in changed)
     assert describe(dataclasses.replace(plan, path=plan.path / "moved")) == describe(plan)
