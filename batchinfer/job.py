@@ -224,7 +224,7 @@ class BuildSection(Section):
     )
     calibration_rows: int = Field(512, ge=1, description="prompts of the job that a build calibrates with")
     kv_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="keys and values in their pages; fp8, on GPUs: half the memory and half the reading"
+        "auto", description="keys and values of the native engine; fp8, on GPUs: half the memory, half the reading"
     )
 
 
@@ -333,7 +333,7 @@ class Job(Section):
     def build_options(self) -> dict[str, Any]:
         """What the build of a native engine is asked for."""
         engine = {"device": self.engine.device, "dtype": self.engine.dtype, **self.engine.profile.model_dump()}
-        return engine | {"quantization": self.build.quantization}
+        return engine | {"quantization": self.build.quantization, "kv_dtype": self.build.kv_dtype}
 
     def changed(self, overrides: Mapping[str, Any]) -> Job:
         """This job with other values for some dotted keys. Raises: JobError as ``load``."""
