@@ -57,14 +57,14 @@ class GpuSteps:
     def launch(self, step: StepBatch) -> Callable[[], np.ndarray]:
         """Begin a step. The result waits for its tokens, int32 ``[samples]``: to be asked before the next but one."""
         self._launched += 1
-        samples, prefills = len(step.sampled), len(step.rows) - step.decodes
+        samples, prefills = len(step.sampled), len(step.rows) - step.singles
         if step.num_tokens == len(step.rows) == samples:
             rows = self._replay(self._decodes, step, 0)
         elif step.num_tokens <= self._largest and prefills <= PREFILLS:
             rows = self._replay(self._mixed, step, PREFILLS)
         else:
             views = self._inbox.send(_fields(step, mixed=True), None, self._padding, self._launched)
-            self._compute(views, step.decodes, prefills, int(step.context_lens.max()))
+            self._compute(views, step.singles, prefills, int(step.context_lens.max()))
             rows = views["sampled_rows"]
         if not step.sampling.all_greedy:
             self._keep(self._kernels.sample(self._logits[:samples], step.sampling), rows[:samples])
@@ -196,7 +196,7 @@ class Inbox:
 def _fields(step: StepBatch, mixed: bool) -> dict[str, np.ndarray]:
     names = ["token_ids", "positions", "slots", "rows", "context_lens", "page_table"]
     names += ["sampled", "sampled_rows", "query_starts"] if mixed else []
-    counts = np.array([step.decodes, len(step.rows)], np.int32)
+    counts = np.array([step.singles, len(step.rows)], np.int32)
     return {name: getattr(step, name) for name in names} | {"counts": counts}
 
 

@@ -59,8 +59,8 @@ class StepBatch:
         return len(self.token_ids)
 
     @property
-    def decodes(self) -> int:
-        """So many sequences, at the front, have one token each."""
+    def singles(self) -> int:
+        """So many sequences, at the front, have one token in this step."""
         more = np.diff(self.query_starts) != 1
         return int(more.argmax()) if more.any() else len(more)
 

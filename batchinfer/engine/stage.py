@@ -134,9 +134,9 @@ class Stage:
             page_table=self._tensor(step.page_table),
             max_query_len=int(np.diff(step.query_starts).max()),
             max_context_len=int(step.context_lens.max()),
-            decodes=step.decodes,
-            prefills=len(step.rows) - step.decodes,
-            counts=self._tensor(np.array([step.decodes, len(step.rows)], np.int32)),
+            decodes=step.singles,
+            prefills=len(step.rows) - step.singles,
+            counts=self._tensor(np.array([step.singles, len(step.rows)], np.int32)),
         )
         return self.decoder.forward(inputs, batch, self.caches, self._tensor(step.sampled))
 

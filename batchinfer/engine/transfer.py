@@ -42,6 +42,7 @@ def split(step: StepBatch, chosen: np.ndarray) -> StepBatch | None:
         decodes=step.decodes[chosen],
         sampled=(np.cumsum(tokens) - 1)[step.sampled[samples]],
         sampled_rows=step.sampled_rows[samples],
+        tenancies=step.tenancies[samples],
         sampling=_choose(step.sampling, samples),
     )
 
