@@ -233,4 +233,4 @@ def _model_at_a_glance(job: Job) -> dict[str, Any]:
         files = None
     own = {"tensorrt"} if job.engine.backend == "tensorrt-llm" else set()
     asked = job.engine.model_dump(include={"backend", "plan", "device", "dtype", *own})
-    return {"path": job.model.path, "files": files, **asked}
+    return {"path": job.model.path, "files": files, "quantization": job.build.quantization, **asked}
