@@ -13,12 +13,17 @@ from torch import Tensor
 
 from batchinfer.engine.kernels.linear.dense import Linear, dense
 from batchinfer.engine.kernels.linear.fp8 import Fp8Linear
+from batchinfer.engine.kernels.linear.int4 import Int4Linear
+from batchinfer.engine.kernels.linear.int8 import Int8Linear, W8A8Linear
 
-__all__ = ["FORMS", "Fp8Linear", "Linear", "dense", "load_linear"]
+__all__ = ["FORMS", "Fp8Linear", "Int4Linear", "Int8Linear", "Linear", "W8A8Linear", "dense", "load_linear"]
 
 # form → what makes a Linear of the tensors that belong to it, by their names
 FORMS: dict[str, Callable[..., Linear]] = {
     "weight": dense,
+    "int8": Int8Linear,
+    "int4": Int4Linear,
+    "w8a8": W8A8Linear,
     "fp8": Fp8Linear,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -46,3 +47,14 @@ def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return (PackedLinear if packs else Linear)(weight, bias)
+
+
+def widened_product(
+    form: str, weight: Tensor, scale: Tensor, zero: Tensor | None = None, group: int = 0
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The CPU's product with weights in fewer bits, see ``cpu.linear.WidenedProduct``; None where there is none."""
+    if weight.device.type != "cpu":
+        return None
+    from batchinfer.engine.kernels.cpu import linear as cpu
+
+    return cpu.WidenedProduct(form, weight, scale, zero, group) if cpu.operators() is not None else None

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchinfer.engine.kernels.linear.dense import Linear
+from batchinfer.engine.kernels.linear.dense import Linear, widened_product
 
 E4M3 = torch.float8_e4m3fn
 MOST = 448.0  # the largest e4m3 number
@@ -28,6 +28,10 @@ class Fp8Linear(Linear):
         self.scale = scale[None]  # [1, N]
         self.native = has_fp8(fp8.device) and not any(size % _ALIGNED for size in fp8.shape)
 
+        self._product = widened_product("fp8", fp8, scale[:, None])
+        if self._product is not None:
+            self.weight = None  # kept once, in the layout of the product
+
     def __call__(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """
         Args:
@@ -40,6 +44,8 @@ class Fp8Linear(Linear):
             y = torch._scaled_mm(
                 x, self.weight.t(), x_scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True
             ).to(dtype)
+        elif self._product is not None:
+            y = (self._product(x.to(dtype), None) * x_scale).to(dtype)
         else:
             y = (torch.nn.functional.linear(x.to(dtype), self.weight.to(dtype)) * x_scale * self.scale).to(dtype)
         return y if self.bias is None else y.add_(self.bias)
