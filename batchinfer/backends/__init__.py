@@ -75,7 +75,7 @@ def build_engine(job: Job, output: str | None, prompts: Iterable[list[int]] = ()
         return build_tensorrt(job, output, prompts).path
     from batchinfer.engine.build import build
 
-    return build(job.model.path, output, **job.build_options()).path
+    return build(job.model.path, output, calibration=prompts, **job.build_options()).path
 
 
 def _engine(job: Job) -> Any:

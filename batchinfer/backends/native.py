@@ -23,6 +23,7 @@ class NativeBackend:
 
     @classmethod
     def open(cls, job: Job, progress: bool = True) -> NativeBackend:
+        from batchinfer.data.calibration import prompts
         from batchinfer.engine.engine import Engine
 
         options = job.engine
@@ -38,6 +39,7 @@ class NativeBackend:
             trace=job.report.trace,
             prefix_sharing=options.prefix_sharing,
             progress=progress,
+            calibration=prompts(job),
             **job.build_options(),
         )
         return cls(engine)

@@ -88,7 +88,7 @@ def plan(
 @click.argument("job_file", metavar="[JOB.toml]", required=False)
 @click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
 @click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")
-@click.option("--quantization", metavar="SCHEME", help="How weights are kept: none, fp8; as the model comes otherwise.")
+@click.option("--quantization", metavar="SCHEME", help="How weights are kept: none, fp8, int8, gptq …")
 @set_option
 @verbose_option
 def build(

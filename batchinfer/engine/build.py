@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,12 +19,17 @@ from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert
 from batchinfer.engine.plan import FORMAT, EnginePlan, Profile, device_name
-from batchinfer.engine.quant import find_scheme, quantize
+from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
+from batchinfer.engine.quant.default import default_rows
+from batchinfer.engine.quant.quality import Quality
+from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError
 
 # What an engine is built for when the job does not say: (sequences, tokens a step). A CPU's caches hold the
 # activations of a few hundred rows; a GPU needs thousands of tokens a step to be busy.
 _DEFAULTS = {"cpu": (128, 512), "cuda": (1024, 8192)}
+
+_CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
 
 
 def build(
@@ -36,6 +43,10 @@ def build(
     seq_len: int = 0,
     quantization: str = "auto",
     kv_dtype: str = "auto",
+    group_size: int = 0,
+    max_quality_loss: float = -1.0,
+    calibration: Iterable[Sequence[int]] = (),
+    calibration_key: str = "",
     progress: bool = True,
 ) -> EnginePlan:
     """Build an engine for ``model``; into the cache when no ``output`` is given, where an equal build is found again.
@@ -47,9 +58,15 @@ def build(
         batch_size, step_tokens, seq_len: limits of the profile, 0 for defaults.
         quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
         kv_dtype: of keys and values in their pages, "fp8" (on GPUs) or "auto", which is ``dtype``.
+        group_size: weights that share a scale where the scheme has groups, -1 for one scale a row, 0 for a default.
+        max_quality_loss: of perplexity, as a fraction, that quantising may cost; below 0 the scheme's own limit.
+        calibration: rows of token ids that quantising is calibrated and measured with, read if they are needed;
+            a text that comes along where there are none.
+        calibration_key: names those rows for the cache.
 
     Raises:
-        ModelError: the model cannot be used, the limits contradict it, or ``output`` exists. Nothing half-made stays.
+        ModelError: the model cannot be used, the limits contradict it, ``output`` exists, or quantising lost more
+            than it may. Nothing half-made stays.
     """
     source = ModelSource.resolve(model)
     device = choose_device(device)
@@ -57,7 +74,9 @@ def build(
     scheme = find_scheme(quantization)
     check_kv_dtype(kv_dtype, device)
     if output is None:
-        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, quantization, kv_dtype]
+        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, kv_dtype]
+        if scheme is not None:
+            asked += [quantization, group_size, max_quality_loss, calibration_key]
         key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
         target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
         if target.is_dir():
@@ -75,13 +94,19 @@ def build(
         write_tokenizer(source, folder / "tokenizer")
         (folder / "weights").mkdir()
         held = getattr(torch, dtype)
-        groups = convert(source, spec, held)
+        groups, quantizer = convert(source, spec, held, torch.float32 if scheme else None), None
         if scheme is not None:
-            groups = quantize(convert(source, spec, held, torch.float32), scheme, held)
+            rows = _calibration_rows(calibration, profile.seq_len)
+            rows = rows or default_rows(Text(folder / "tokenizer"), _CALIBRATION_TOKENS)
+            quantizer = Quantizer(scheme, group_size, spec, held, torch.device(device), rows)
+            groups = quantizer(groups)
         shown = progress and sys.stderr.isatty()
         for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
             save_file(group, folder / "weights" / f"{name}.safetensors")
             pulse.beat()
+        quality = quantizer and quantizer.quality
+        if quality is not None:
+            _judge(quality, scheme, max_quality_loss, progress)
         EnginePlan(
             path=folder,
             model=source.name,
@@ -89,6 +114,8 @@ def build(
             device=device,
             dtype=dtype,
             quantization=scheme.name if scheme else "none",
+            group_size=quantizer.group_size if scheme and scheme.grouped else 0,
+            quality=quality and asdict(quality),
             profile=profile,
             eos_token_ids=eos_token_ids,
             fingerprint={
@@ -107,6 +134,23 @@ def build(
     except OSError as error:
         raise ModelError(f"cannot write the engine plan {target}: {error}") from None
     return EnginePlan.load(target)
+
+
+def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:
+    """Evenly spread ones of ``calibration``, about _CALIBRATION_TOKENS together."""
+    rows = [row[:longest] for row in calibration]
+    return rows[:: -(-sum(map(len, rows)) // _CALIBRATION_TOKENS) or 1]
+
+
+def _judge(quality: Quality, scheme: Scheme, max_quality_loss: float, progress: bool) -> None:
+    most = scheme.max_loss if max_quality_loss < 0 else max_quality_loss
+    if progress:
+        print(f"batchinfer: {scheme.name}: {quality}", file=sys.stderr, flush=True)
+    if not quality.loss <= most:
+        raise ModelError(
+            f"quantising to {scheme.name} loses too much: {quality}; build.max_quality_loss is {most:.1%}. "
+            "Raise it, lower build.group_size, calibrate with the job's own rows, or take another scheme"
+        )
 
 
 def choose_device(device: str) -> str:

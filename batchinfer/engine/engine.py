@@ -299,9 +299,8 @@ def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePla
         if not (Path(model).expanduser() / "plan.json").is_file():
             return build(str(model), **build_options)
         model = EnginePlan.load(model)
-    built = {name: getattr(model, name) for name in ("device", "dtype", "quantization", "kv_dtype")} | asdict(
-        model.profile
-    )
+    names = ("device", "dtype", "quantization", "group_size", "kv_dtype")
+    built = {name: getattr(model, name) for name in names} | asdict(model.profile)
     for name, value in built.items():
         if (asked := build_options.get(name, value)) not in ("auto", 0, value):
             raise ModelError(

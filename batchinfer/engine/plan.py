@@ -44,6 +44,8 @@ class EnginePlan:
     device: str  # cpu | cuda
     dtype: str  # float32 | bfloat16
     quantization: str
+    group_size: int  # weights that share a scale, -1 all of a row; 0 where the scheme has no groups
+    quality: dict[str, float] | None  # what quantising did, see quant.quality; None where nothing was quantised
     profile: Profile
     eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
@@ -76,6 +78,8 @@ class EnginePlan:
             device=value["device"],
             dtype=value["dtype"],
             quantization=value["quantization"],
+            group_size=value["group_size"],
+            quality=value["quality"],
             profile=Profile(**value["profile"]),
             eos_token_ids=tuple(value["eos_token_ids"]),
             fingerprint=value["fingerprint"],

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from batchinfer.engine.quant import fp8
+from batchinfer.engine.kernels.linear import dense
+from batchinfer.engine.model.decoder import Layer
+from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.quant import awq, fp8, gptq, int4, int8, smoothquant
+from batchinfer.engine.quant.calibration import Inputs, Walk
+from batchinfer.engine.quant.quality import Quality, measure
 from batchinfer.errors import ModelError
 
-__all__ = ["LINEARS", "SCHEMES", "Scheme", "find_scheme", "quantize", "quantize_layer"]
+__all__ = ["GROUP_SIZE", "SCHEMES", "Quantizer", "Scheme", "find_scheme"]
 
 # The matrices of a layer. Embedding and head stay as they are: they are a small part of a model, and errors in them
 # reach the tokens undamped.
 LINEARS = ("qkv", "o", "gate_up", "down")
+GROUP_SIZE = 128  # columns that share a scale, where a scheme has groups and nothing else is asked for
+HELD_OUT = 4  # every so many rows measure quality, and calibrate nothing
 
 Group = dict[str, Tensor]
+# A layer's tensors in float32, what its linears are fed, the model, the group size → each linear's form. What the
+# scheme scales it scales in place.
+QuantizeLayer = Callable[[Group, dict[str, Inputs], DecoderSpec, int], dict[str, Group]]
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,37 @@ class Scheme:
     """A way to keep a layer's matrices in fewer bits."""
 
     name: str
-    quantize: Callable[[Tensor], Group]  # float32 weight [N, K] → the tensors of its form, without the linear's name
+    quantize: QuantizeLayer
     max_loss: float  # of perplexity, as a fraction, that a build accepts unless told otherwise
+    calibrated: bool = False  # looks at inputs
+    grouped: bool = False
 
 
-SCHEMES = {scheme.name: scheme for scheme in (Scheme("fp8", fp8.quantize, 0.01),)}
+def _each(quantize: Callable[..., Group], *, grouped: bool = False, seen: bool = False) -> QuantizeLayer:
+    """A scheme that takes linear by linear."""
+
+    def quantize_layer(group: Group, inputs: dict[str, Inputs], spec: DecoderSpec, size: int) -> dict[str, Group]:
+        made = {}
+        for linear in LINEARS:
+            arguments = [inputs[linear].hessian] if seen else []
+            made[linear] = quantize(group[f"{linear}.weight"], *arguments, *([size] if grouped else []))
+        return made
+
+    return quantize_layer
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp8", _each(fp8.quantize), 0.01),
+        Scheme("int8", _each(int8.quantize), 0.01),
+        Scheme("int4", _each(int4.quantize, grouped=True), 0.03, grouped=True),
+        Scheme("gptq", _each(gptq.quantize, grouped=True, seen=True), 0.03, calibrated=True, grouped=True),
+        Scheme("awq", awq.quantize_layer, 0.03, calibrated=True, grouped=True),
+        Scheme("w8a8", _each(int8.quantize_w8a8), 0.01),
+        Scheme("smoothquant", smoothquant.quantize_layer, 0.01, calibrated=True),
+    )
+}
 
 
 def find_scheme(name: str) -> Scheme | None:
@@ -45,19 +81,81 @@ def find_scheme(name: str) -> Scheme | None:
     return SCHEMES[name]
 
 
-def quantize(groups: Iterable[tuple[str, Group]], scheme: Scheme, dtype: torch.dtype) -> Iterator[tuple[str, Group]]:
-    """A model's groups, their layers' matrices from float32 into the scheme's form. One layer at a time is held."""
-    for name, group in groups:
-        yield name, quantize_layer(group, scheme, dtype) if name.startswith("layer-") else group
+class Quantizer:
+    """Quantises a model as its groups come by, and measures what that did to it."""
 
+    def __init__(
+        self,
+        scheme: Scheme,
+        group_size: int,
+        spec: DecoderSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: Sequence[Sequence[int]],
+    ) -> None:
+        """
+        Args:
+            group_size: columns that share a scale, -1 for one scale a row, 0 for GROUP_SIZE.
+            rows: token ids; every HELD_OUT-th row is kept from calibration.
 
-def quantize_layer(group: Group, scheme: Scheme, dtype: torch.dtype) -> Group:
-    """A layer's tensors with its matrices in the scheme's form; biases in ``dtype``, norms as they are."""
-    made = {}
-    for name, tensor in group.items():
-        linear, _, part = name.partition(".")
-        if part == "weight" and linear in LINEARS:
-            made |= {f"{linear}.{key}": value for key, value in scheme.quantize(tensor).items()}
-        else:
-            made[name] = tensor.to(dtype) if part == "bias" else tensor
-    return made
+        Raises:
+            ModelError: the group size is odd, or there are too few rows to calibrate and to measure with.
+        """
+        if group_size < -1 or group_size % 2 and group_size != -1:
+            raise ModelError(f"build.group_size must be even, -1 (one group a row) or 0 (a default), got {group_size}")
+        rows = [row for row in rows if len(row) > 1]
+        self.scheme, self.group_size = scheme, group_size or GROUP_SIZE
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self.held_out = rows[::HELD_OUT]
+        self.rows = [row for i, row in enumerate(rows) if i % HELD_OUT] if scheme.calibrated else []
+        if not self.held_out or scheme.calibrated and not self.rows:
+            raise ModelError(f"{len(rows)} rows of more than a token are too few to calibrate with; give at least 2")
+        self.quality: Quality | None = None  # known once the last group has come by
+
+    @torch.inference_mode()
+    def __call__(self, groups: Iterable[tuple[str, Group]]) -> Iterator[tuple[str, Group]]:
+        """``embed``, layers in float32, ``head`` → the same with the layers' matrices quantised, one held at a time."""
+        embedding = torch.empty(0)
+        for name, group in groups:
+            if name == "embed":
+                embedding = group["weight"]
+                calibrating = self._walk(embedding, self.rows) if self.rows else None
+                measured, reference = (self._walk(embedding, self.held_out) for _ in range(2))
+            elif name == "head":
+                head = dense((embedding if self.spec.tied_head else group["weight"]).to(self.device))
+                norm = group["norm.weight"].to(self.device)
+                self.quality = measure(measured, reference, norm, head, self.held_out)
+            else:
+                full = Layer.from_weights(self._here(self._as_it_is(group)))
+                inputs = calibrating.note(full) if calibrating is not None else {}
+                reference.advance(full)
+                del full
+                group = self._quantized(group, inputs)
+                inputs.clear()
+                layer = Layer.from_weights(self._here(group))
+                measured.advance(layer)
+                if calibrating is not None:
+                    calibrating.advance(layer)
+            yield name, group
+
+    def _walk(self, embedding: Tensor, rows: Sequence[Sequence[int]]) -> Walk:
+        return Walk(self.spec, embedding, rows, self.device)
+
+    def _quantized(self, group: Group, inputs: dict[str, Inputs]) -> Group:
+        scaled = self._here(group)
+        made = {}
+        for linear, parts in self.scheme.quantize(scaled, inputs, self.spec, self._size).items():
+            made |= {f"{linear}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
+        rest = {name: tensor for name, tensor in scaled.items() if name.partition(".weight")[0] not in LINEARS}
+        return made | {name: tensor.cpu() for name, tensor in self._as_it_is(rest).items()}
+
+    @property
+    def _size(self) -> int:
+        return self.group_size if self.group_size > 0 else 1 << 30
+
+    def _as_it_is(self, group: Group) -> Group:
+        """Matrices and biases in the engine's dtype, norms as they are."""
+        return {name: tensor if "norm" in name else tensor.to(self.dtype) for name, tensor in group.items()}
+
+    def _here(self, group: Group) -> Group:
+        return {name: tensor.to(self.device) for name, tensor in group.items()}

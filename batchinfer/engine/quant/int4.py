@@ -21,8 +21,8 @@ class Grid:
     zero: Tensor  # float32 [N, groups], whole
 
     @classmethod
-    def over(cls, weight: Tensor, group: int, shrink: float = 1.0) -> Grid:
-        """The grid of float32 ``[N, K]``; ``shrink`` narrows each group's range, to clip what lies outside."""
+    def over(cls, weight: Tensor, group: int, shrink: Tensor | float = 1.0) -> Grid:
+        """The grid of float32 ``[N, K]``; ``shrink`` (of ``[N, groups]``) narrows ranges, to clip what lies outside."""
         low = _in_groups(weight, group).amin(-1).clamp_(max=0) * shrink
         high = _in_groups(weight, group).amax(-1).clamp_(min=0) * shrink
         scale = ((high - low) / MOST).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -42,7 +42,12 @@ class Grid:
     def tensors(self, codes: Tensor, group: int) -> dict[str, Tensor]:
         """The form ``int4`` of a linear."""
         zero = self.zero.to(torch.uint8)
-        return {"int4": int4.pack(codes), "scale": self.scale, "zero": zero, "group": torch.tensor(group).int()}
+        return {
+            "int4": int4.pack(codes),
+            "scale": self.scale,
+            "zero": zero,
+            "group": torch.tensor(min(group, codes.shape[1])).int(),
+        }
 
 
 def quantize(weight: Tensor, group: int) -> dict[str, Tensor]:
@@ -53,6 +58,7 @@ def quantize(weight: Tensor, group: int) -> dict[str, Tensor]:
 
 def _in_groups(weight: Tensor, group: int) -> Tensor:
     """``[N, K]`` → ``[N, groups, group]``, the last column repeated to fill the last group: no range is widened."""
+    group = min(group, weight.shape[1])
     missing = -weight.shape[1] % group
     if missing:
         weight = F.pad(weight[None], (0, missing), mode="replicate")[0]

@@ -49,7 +49,9 @@ def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device):
     prompts = [[1, 2, 3, 4 + i, 5] for i in range(64)]
     said = {}
     for quantization in ("none", "fp8"):
-        engine = Engine(folder, device=device, dtype="bfloat16", quantization=quantization, seq_len=64)
+        engine = Engine(
+            folder, device=device, dtype="bfloat16", quantization=quantization, seq_len=64, max_quality_loss=9
+        )
         assert engine.plan.quantization == quantization
         done = engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
         said[quantization] = [token for c in sorted(done, key=lambda c: c.key) for token in c.outputs[0].token_ids]
@@ -62,7 +64,7 @@ def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_p
     from batchinfer.engine.plan import describe
 
     folder = make_model(tmp_path / "model", "llama")
-    options = dict(seq_len=64, progress=False, device="cpu")
+    options = dict(seq_len=64, progress=False, device="cpu", max_quality_loss=9)
     plans = [
         build(str(folder), tmp_path / f"engine-{i}", quantization=quantization, **options)
         for i, quantization in enumerate(["fp8", "fp8", "none"])

@@ -1,0 +1,65 @@
+"""GPTQ (arXiv:2210.17323): columns are rounded one by one, and each passes its error on to those not rounded yet.
+
+What is minimised is the error of the products with the calibration's activations, not of the weights. Columns go in the
+order of their activations' size ("act-order") while the groups stay those of neighbours ("static groups"), so that
+nothing has to be reordered when the engine runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchinfer.engine.quant.int4 import Grid
+
+DAMPING = 0.01  # of the mean of the Hessian's diagonal
+BLOCK = 128  # columns whose errors are gathered before the rest hears of them
+
+
+def quantize(
+    weight: Tensor, hessian: Tensor, group: int, *, act_order: bool = True, damping: float = DAMPING
+) -> dict[str, Tensor]:
+    """float32 ``[N, K]`` → the form ``int4``.
+
+    Args:
+        hessian: ``x.T @ x`` of the linear's inputs, float32 ``[K, K]``, to any scale.
+    """
+    grid = Grid.over(weight, group)
+    weight, hessian = weight.clone(), hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0  # inputs that calibration never saw
+    diagonal[dead] = 1
+    weight[:, dead] = 0
+    inputs = weight.shape[1]
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(inputs, device=weight.device)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    scale, zero = (values[:, order // group] for values in (grid.scale, grid.zero))
+    inverse = _inverse_root(hessian, damping)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for first in range(0, inputs, BLOCK):
+        block = slice(first, min(first + BLOCK, inputs))
+        here, passed_on = weight[:, block], inverse[block, block]
+        errors = torch.empty_like(here)
+        for i in range(here.shape[1]):
+            column, step, at = here[:, i], scale[:, first + i], zero[:, first + i]
+            code = ((column / step).round() + at).clamp_(0, 15)
+            codes[:, first + i] = code.to(torch.uint8)
+            errors[:, i] = (column - (code - at) * step) / passed_on[i, i]
+            here[:, i:] -= errors[:, i, None] * passed_on[None, i, i:]
+        weight[:, block.stop :] -= errors @ inverse[block, block.stop :]
+    unordered = torch.empty_like(codes)
+    unordered[:, order] = codes
+    return grid.tensors(unordered, group)
+
+
+def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular R with R.T @ R the inverse of the damped Hessian. Damped more where that is not enough."""
+    while True:
+        damped = hessian.double()
+        damped.diagonal().add_(damping * damped.diagonal().mean())
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+        if not failed:
+            return inverse.float()
+        damping *= 10
