@@ -142,9 +142,6 @@ class TensorRTSection(Section):
     flavour: Literal["pytorch", "engine"] = Field(
         "pytorch", description="pytorch loads checkpoints; engine compiles them (up to 1.3.0rc20)"
     )
-    kv_cache_dtype: Literal["auto", "fp8", "int8", "nvfp4"] = Field(
-        "auto", description="of keys and values; int8: engine flavour only"
-    )
     kv_cache_fraction: float = Field(0.9, gt=0, lt=1, description="share of the memory left that KV pages may take")
     capacity_policy: Literal["guaranteed_no_evict", "max_utilization"] = Field(
         "guaranteed_no_evict", description="admit what is sure to fit, or more, and evict if need be"
@@ -157,10 +154,7 @@ class TensorRTSection(Section):
 
     @model_validator(mode="after")
     def _fits_flavour(self) -> TensorRTSection:
-        if self.flavour == "pytorch":
-            if self.kv_cache_dtype == "int8":
-                raise ValueError('kv_cache_dtype = "int8" needs flavour = "engine"')
-        elif self.guided_decoding_backend == "llguidance":
+        if self.flavour == "engine" and self.guided_decoding_backend == "llguidance":
             raise ValueError('guided_decoding_backend = "llguidance" needs flavour = "pytorch"')
         if self.guided_json is not None:
             try:
@@ -227,8 +221,8 @@ class BuildSection(Section):
         "auto", description="how the weights of layers are kept; auto: as the model comes; each backend has its own"
     )
     calibration_rows: int = Field(512, ge=1, description="prompts of the job that a build calibrates with")
-    kv_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="keys and values of the native engine; fp8, on GPUs: half the memory, half the reading"
+    kv_dtype: Literal["auto", "fp8", "int8", "nvfp4"] = Field(
+        "auto", description="keys and values; fp8, on GPUs: half the memory, half the reading; others: tensorrt-llm"
     )
     group_size: int = Field(0, ge=-1, description="4-bit weights that share a scale; -1: all of a row, 0: 128")
     max_quality_loss: float = Field(

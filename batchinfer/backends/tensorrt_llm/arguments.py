@@ -55,8 +55,9 @@ def check(job: Job, release: Release | None) -> None:
     Raises:
         JobError: the job asks for what this version, or none at all, has.
     """
-    if job.build.quantization == "int8_sq" and job.engine.tensorrt.flavour == "pytorch":
-        raise JobError('build.quantization = "int8_sq" needs engine.tensorrt.flavour = "engine"')
+    for name, value in _ENGINE_ONLY.items():
+        if getattr(job.build, name) == value and job.engine.tensorrt.flavour == "pytorch":
+            raise JobError(f'build.{name} = "{value}" needs engine.tensorrt.flavour = "engine"')
     for name in _NATIVE_ONLY:
         if getattr(job.engine, name) != EngineSection.model_fields[name].default:
             raise JobError(f'engine.{name} is not for engine.backend = "tensorrt-llm", which chooses by itself')
@@ -115,7 +116,7 @@ def llm_arguments(job: Job, release: Release, model: Path, limits: Limits) -> di
         arguments["guided_decoding_backend"] = own.guided_decoding_backend
     if own.flavour == "engine":
         return arguments  # an engine's dtypes and graphs were settled when it was built
-    kv_cache["dtype"] = own.kv_cache_dtype
+    kv_cache["dtype"] = job.build.kv_dtype
     # Without padding only some batch sizes have a graph, and all between them run kernel by kernel.
     arguments["cuda_graph_config"] = {"enable_padding": True, "max_batch_size": limits.batch_size}
     cpp = _cpp_sampler(job, release)
@@ -181,6 +182,7 @@ def _uses(sampling: SamplingSection, name: str) -> bool:
     return name in sampling.columns or getattr(sampling, name) != _OFF[name]
 
 
+_ENGINE_ONLY = {"quantization": "int8_sq", "kv_dtype": "int8"}
 _NATIVE_ONLY = ("pp_partition", "micro_batches", "mode", "prefill_tp", "prefill_pp")
 _OFF = {"temperature": 0.0, "min_p": 0.0, "repetition_penalty": 1.0}
 

@@ -85,7 +85,7 @@ def build(
             model=str(source.folder),
             flavour=own.flavour,
             quantization=quantization(job),
-            kv_cache_dtype=own.kv_cache_dtype,
+            kv_dtype=job.build.kv_dtype,
             tp=job.engine.tp,
             pp=job.engine.pp,
             profile=limits,
@@ -133,7 +133,7 @@ def fingerprint(job: Job, plan: TensorRTPlan, release: Release) -> dict[str, Any
         "dtype": job.engine.dtype,
         "quantization": plan.quantization,
         "calibration": plan.fingerprint["calibration"],
-        "kv_cache_dtype": own.kv_cache_dtype,
+        "kv_dtype": job.build.kv_dtype,
         "guided_json": own.guided_json and digest(json.loads(own.guided_json)),
     }
 
@@ -160,7 +160,7 @@ def _cached(job: Job, source: ModelSource, limits: Limits, gpu: str, release: Re
     if quantization(job) != "none":
         asked.append(job.build.calibration_rows)
     if own.flavour == "engine":
-        asked += [own.kv_cache_dtype, job.engine.tp, job.engine.pp, job.engine.dtype, gpu, str(release)]
+        asked += [job.build.kv_dtype, job.engine.tp, job.engine.pp, job.engine.dtype, gpu, str(release)]
     key = digest([source.stat_digest(), FORMAT, asked])
     return cache_root() / "engines" / f"{source.name.lower()}-tensorrt-{key[:16]}"
 
@@ -183,7 +183,7 @@ def _make(
     spec = {
         "step": "compile" if own.flavour == "engine" else "quantise",
         "quantization": quantization(job),
-        "kv_cache_dtype": own.kv_cache_dtype,
+        "kv_dtype": job.build.kv_dtype,
         "model": str(source.folder),
         "output": str(folder / "checkpoint"),
         "calibration": str(calibration),

@@ -62,8 +62,8 @@ def compile_engine(spec: Mapping[str, Any]) -> None:
             calib_batches=spec["calibration_rows"],
             calib_max_seq_length=min(spec["seq_len"], _MOST_CALIBRATION_TOKENS),
         )
-    if spec["kv_cache_dtype"] != "auto":
-        quantised["kv_cache_quant_algo"] = getattr(QuantAlgo, spec["kv_cache_dtype"].upper())
+    if spec["kv_dtype"] != "auto":
+        quantised["kv_cache_quant_algo"] = getattr(QuantAlgo, spec["kv_dtype"].upper())
     if quantised:
         arguments["quant_config"] = QuantConfig(**quantised)
     llm = LLM(

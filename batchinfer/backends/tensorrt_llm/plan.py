@@ -35,7 +35,7 @@ class TensorRTPlan:
     model: str  # where the weights came from, as an absolute path
     flavour: str  # pytorch | engine
     quantization: str
-    kv_cache_dtype: str
+    kv_dtype: str
     tp: int
     pp: int
     profile: Limits
@@ -92,7 +92,7 @@ class TensorRTPlan:
             asked |= {
                 "tp": (self.tp, engine.tp),
                 "pp": (self.pp, engine.pp),
-                "kv_cache_dtype": (self.kv_cache_dtype, own.kv_cache_dtype),
+                "kv_dtype": (self.kv_dtype, job.build.kv_dtype),
             }
         built_for = asdict(self.profile)
         asked |= {f"profile.{k}": (built_for[k], v or built_for[k]) for k, v in engine.profile.model_dump().items()}

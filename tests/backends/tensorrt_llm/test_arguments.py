@@ -35,7 +35,7 @@ def test_a_job_in_the_words_of_every_version_is_understood_by_it(tmp_path, model
     put(version)
     from tensorrt_llm import LLM
 
-    for more in ({}, DRAWN, {"engine__tensorrt__kv_cache_dtype": "fp8", "engine__prefix_sharing": False}):
+    for more in ({}, DRAWN, {"build__kv_dtype": "fp8", "engine__prefix_sharing": False}):
         given = arguments(tmp_path, model, version, **changes, **more)
         llm = LLM(**given)
         llm.shutdown()
@@ -78,6 +78,7 @@ def test_what_a_version_would_pass_over_is_refused_by_name(tmp_path, model):
 
     scheme = refusal("1.2.1", build__quantization="int8_sq")
     assert 'build.quantization = "int8_sq" needs engine.tensorrt.flavour = "engine"' in scheme
+    assert 'build.kv_dtype = "int8" needs' in refusal("1.2.1", build__kv_dtype="int8")
     assert "engine.pp_partition" in refusal("1.2.1", engine__pp_partition=[1, 2])
     engine = refusal("1.3.0rc21", engine__tensorrt__flavour="engine")
     assert "tensorrt_llm 1.3.0rc21" in engine and "1.3.0rc20" in engine
@@ -186,11 +187,10 @@ def test_what_the_process_must_be_is_told_without_the_package_and_refused_before
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"engine__backend": "native", "engine__tensorrt__kv_cache_dtype": "fp8"}, 'the backend is "native"'),
+        ({"engine__backend": "native", "engine__tensorrt__recycle_rows": 5}, 'the backend is "native"'),
         ({"engine__device": "cpu"}, "needs an NVIDIA GPU"),
         ({"engine__isolation": "none"}, "needs its own process"),
         ({"engine__kv_cache_gib": 2.0}, "engine.tensorrt.kv_cache_fraction"),
-        ({"engine__tensorrt__kv_cache_dtype": "int8"}, 'needs flavour = "engine"'),
         (
             {"engine__tensorrt__flavour": "engine", "engine__tensorrt__guided_decoding_backend": "llguidance"},
             'needs flavour = "pytorch"',

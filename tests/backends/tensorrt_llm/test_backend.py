@@ -332,6 +332,6 @@ def test_the_fingerprint_is_what_decides_tokens(tmp_path, model, put):
         return backend.fingerprint
 
     assert of(engine__profile__batch_size=3, engine__tensorrt__recycle_rows=5) == of()
-    assert of("1.1.0") != of() and of(engine__tensorrt__kv_cache_dtype="fp8") != of()
+    assert of("1.1.0") != of() and of(build__kv_dtype="fp8") != of()
     assert of(engine__tensorrt__guided_json='{"type": "object"}') != of()
     assert of(engine__tensorrt__guided_json='{"a": 1, "b": 2}') == of(engine__tensorrt__guided_json='{"b":2,"a":1}')

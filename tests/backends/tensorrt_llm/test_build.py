@@ -60,7 +60,7 @@ def test_a_model_as_it_is_needs_no_build_and_one_shows_that_it_loads(tmp_path, f
 
 def test_an_engine_is_compiled_once_and_found_again_by_the_run(tmp_path, fresh, site):
     log = site()
-    changes = {**ENGINE, "engine__tp": 2, "engine__profile__seq_len": 100, "engine__tensorrt__kv_cache_dtype": "fp8"}
+    changes = {**ENGINE, "engine__tp": 2, "engine__profile__seq_len": 100, "build__kv_dtype": "fp8"}
     job = make_job(tmp_path, fresh, **changes)
     with pytest.raises(ModelError, match="not built yet: run `batchinfer build`"):
         opened(job)
@@ -149,7 +149,7 @@ def test_a_plan_for_another_gpu_or_version_is_refused_with_both_sides_named(tmp_
         ({"engine__pp": 4}, "built with pp 1, the job asks for 4"),
         ({"engine__profile__seq_len": 99}, "built with profile.seq_len 512, the job asks for 99"),
         ({"engine__tensorrt__flavour": "pytorch"}, "built with flavour engine, the job asks for pytorch"),
-        ({"engine__tensorrt__kv_cache_dtype": "fp8"}, "built with kv_cache_dtype auto, the job asks for fp8"),
+        ({"build__kv_dtype": "fp8"}, "built with kv_dtype auto, the job asks for fp8"),
         ({"build__quantization": "fp8"}, "built with quantization none, the job asks for fp8"),
     ],
 )
