@@ -17,7 +17,7 @@ from batchinfer.cache import cache_root, digest, make_folder
 from batchinfer.engine.model.source import DEFAULT_SEQ_LEN, ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
-from batchinfer.engine.model.weights import convert
+from batchinfer.engine.model.weights import convert, quantization_of
 from batchinfer.engine.plan import FORMAT, EnginePlan, Profile, device_name
 from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
 from batchinfer.engine.quant.default import default_rows
@@ -72,6 +72,12 @@ def build(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     scheme = find_scheme(quantization)
+    come = quantization_of(source)
+    if come and quantization != "auto":
+        raise ModelError(
+            f'{source.name} is quantised already ({come["quant_method"]}): build.quantization must be "auto", '
+            f"got {quantization!r}; or take the unquantised model"
+        )
     check_kv_dtype(kv_dtype, device)
     if output is None:
         asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, kv_dtype]
@@ -113,7 +119,7 @@ def build(
             spec=spec,
             device=device,
             dtype=dtype,
-            quantization=scheme.name if scheme else "none",
+            quantization=scheme.name if scheme else come["quant_method"] if come else "none",
             group_size=quantizer.group_size if scheme and scheme.grouped else 0,
             quality=quality and asdict(quality),
             profile=profile,

@@ -20,7 +20,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CONFIG | {"quantization_config": {"quant_method": "fp8"}}, "quantised .fp8."),
         (CONFIG | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         (CONFIG | {"rope_parameters": {FULL: {"rope_type": "default"}}}, "differ between layers"),
         (CONFIG | {"num_key_value_heads": 3}, "4 attention heads of 16 over 3 KV heads"),

@@ -79,11 +79,6 @@ class DecoderSpec:
             raise ModelError(f"model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ModelError(f"{family} with hidden_act {activation!r} is not supported; expected 'silu'")
-        if quantization := config.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
-            raise ModelError(
-                f"the checkpoint is quantised ({method}), which is not supported; take the unquantised one"
-            )
         heads = config["num_attention_heads"]
         base = cls(
             family=family,

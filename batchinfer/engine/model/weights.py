@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from batchinfer.engine.model.quantized import QuantizedCheckpoint
 from batchinfer.engine.model.source import ModelSource
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.errors import ModelError
@@ -69,6 +70,7 @@ def convert(
         ModelError: a tensor is missing or has another shape than the config says.
     """
     tensors = open_tensors(source, spec)
+    quantized = open_quantized(source, tensors)
 
     def get(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = tensors.get(name)
@@ -81,6 +83,9 @@ def convert(
     for layer in range(spec.num_layers):
         group = {}
         for name in layer_tensor_names(spec):
+            if quantized is not None and name in _MATRICES:
+                group |= _quantized_matrix(quantized, spec, layer, name, layer_dtype or dtype)
+                continue
             parts = [tensors.get(f"model.layers.{layer}.{part}") for part in _LAYER_TENSORS[name]]
             stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
             if tuple(stacked.shape) != (expected := _shape(spec, name)):
@@ -94,6 +99,35 @@ def convert(
     if not spec.tied_head:
         head["weight"] = get("lm_head.weight", (spec.vocab_size, hidden))
     yield "head", head
+
+
+def open_quantized(source: ModelSource, tensors: SafetensorsTensors) -> QuantizedCheckpoint | None:
+    """What reads the layers of a checkpoint that comes quantised; None for any other."""
+    config = quantization_of(source)
+    return QuantizedCheckpoint(config, tensors) if config else None
+
+
+def quantization_of(source: ModelSource) -> dict[str, Any] | None:
+    """A checkpoint's own account of how it is quantised."""
+    return None if source.gguf else source.config().get("quantization_config")
+
+
+_MATRICES = ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
+
+
+def _quantized_matrix(
+    quantized: QuantizedCheckpoint, spec: DecoderSpec, layer: int, name: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    names = [f"model.layers.{layer}.{part.removesuffix('.weight')}" for part in _LAYER_TENSORS[name]]
+    parts = quantized.linear(names)
+    [form] = parts.keys() & {"weight", "int4", "int8", "w8a8", "fp8"}
+    rows, columns = parts[form].shape
+    shape = (rows, columns * 2 if form == "int4" else columns)
+    if shape != (expected := _shape(spec, name)):
+        raise ModelError(f"{', '.join(names)} have shape {list(shape)}, the config says {list(expected)}")
+    if form == "weight":
+        parts["weight"] = parts["weight"].to(dtype)
+    return {f"{name.removesuffix('.weight')}.{part}": tensor.contiguous() for part, tensor in parts.items()}
 
 
 def _shape(spec: DecoderSpec, name: str) -> tuple[int, ...]:
@@ -134,6 +168,9 @@ class SafetensorsTensors:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file: {error}") from None
             self._home |= dict.fromkeys(opened.keys(), opened)
+
+    def has(self, name: str) -> bool:
+        return name in self._home
 
     def get(self, name: str) -> torch.Tensor:
         if name not in self._home:
