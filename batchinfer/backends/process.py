@@ -190,7 +190,10 @@ class ProcessBackend:
 
     def _reopen(self) -> None:
         """Raises: Died, EngineError if another engine was opened than before, and what the opener raised."""
-        fingerprint = self._open()["fingerprint"]
+        try:
+            fingerprint = self._open()["fingerprint"]
+        except EngineError as error:  # it lives, but a process that it needs does not
+            raise Died(str(error)) from None
         if fingerprint != self.fingerprint:
             raise EngineError("the engine came back as another one: its model or plan was changed meanwhile")
 

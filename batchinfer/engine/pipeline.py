@@ -186,12 +186,12 @@ class Pipeline:
         if len(self.world.layouts) == 1:
             return functools.partial(self._take, self._send(self.layout, step))
         parts = []
-        for layout, chosen in zip(self.world.layouts, (~step.decodes, step.decodes), strict=True):
+        for layout, chosen in zip(self.world.layouts, (~step.extends, step.extends), strict=True):
             if (part := split(step, chosen)) is not None:
                 place = np.repeat(chosen, np.diff(step.query_starts))[step.sampled]
                 parts.append((self._send(layout, part), place))
-        if not step.decodes.all():
-            written = pages_of(split(step, ~step.decodes), self.page_size)
+        if not step.extends.all():
+            written = pages_of(split(step, ~step.extends), self.page_size)
             self._tell(self.layout, encode("pages", pages=written))
         return functools.partial(self._take_parts, parts, len(step.sampled))
 

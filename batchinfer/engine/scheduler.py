@@ -48,7 +48,7 @@ class StepBatch:
     query_starts: np.ndarray  # int32 [sequences + 1]
     context_lens: np.ndarray  # int32 [sequences]
     page_table: np.ndarray  # int32 [sequences, pages]
-    decodes: np.ndarray  # bool [sequences] it goes on from a token of its own: all before it was computed
+    extends: np.ndarray  # bool [sequences] it goes on from a token of its own: all before it was computed
     sampled: np.ndarray  # int64 [samples] the tokens, by place in this step, whose logits are wanted
     sampled_rows: np.ndarray  # int64 [samples]
     tenancies: np.ndarray  # int64 [samples] which of the sequences that had the row after each other
@@ -372,7 +372,7 @@ class Scheduler:
             query_starts=np.concatenate([[0], ends]).astype(np.int32),
             context_lens=context,
             page_table=self._page_table[rows, : self._held[rows].max()],
-            decodes=samples & (chunks == 1) & (context > self._prompt_len[rows]),
+            extends=samples & (chunks == 1) & (context > self._prompt_len[rows]),
             sampled=ends[samples] - 1,
             sampled_rows=sampled_rows,
             tenancies=self._tenancy[sampled_rows],

@@ -39,7 +39,7 @@ def split(step: StepBatch, chosen: np.ndarray) -> StepBatch | None:
         query_starts=np.concatenate([[0], np.cumsum(counts[chosen])]).astype(np.int32),
         context_lens=step.context_lens[chosen],
         page_table=step.page_table[chosen],
-        decodes=step.decodes[chosen],
+        extends=step.extends[chosen],
         sampled=(np.cumsum(tokens) - 1)[step.sampled[samples]],
         sampled_rows=step.sampled_rows[samples],
         tenancies=step.tenancies[samples],

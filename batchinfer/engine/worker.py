@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.balance import measure
+from batchinfer.engine.clock import CudaClock, HostClock
 from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers, Sizes
 from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Layout, Piece, World
@@ -100,6 +100,8 @@ class Worker:
             self.layout = replace(self.layout, partition=self._measure(plan))
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
         self.hidden_size = plan.spec.hidden_size
+        self.clock = CudaClock() if plan.device == "cuda" else HostClock()
+        self.computed: deque[tuple[int, Any, Any, dict[str, Any]]] = deque()  # and not told yet
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
@@ -138,16 +140,19 @@ class Worker:
             inputs = torch.from_numpy(step.token_ids).to(self.stage.device)
         else:
             inputs = self.peers.receive(self.before)
-        begun = time.perf_counter()
+        begun = self.clock.now()
         out = self.stage.forward(step, inputs)
         tokens = {}
         if not self.stage.shard.last:
             self.peers.send(self.after, out)
         elif (chosen := self.stage.sample(step, out)) is not None:
             tokens = {"tokens": chosen}
-        ended = time.perf_counter()
-        size = dict(count=step.num_tokens, samples=len(step.sampled))
-        self.link.send("done", step=number, begun=begun, ended=ended, sent=self.peers.sent, **size, **tokens)
+        about = dict(sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled), **tokens)
+        self.computed.append((number, begun, self.clock.now(), about))
+        while self.computed and self.clock.passed(self.computed[0][2]):
+            number, begun, ended, about = self.computed.popleft()
+            times = dict(begun=self.clock.seconds(begun), ended=self.clock.seconds(ended))
+            self.link.send("done", step=number, **times, **about)
         if self.outgoing:
             send_pages(self.stage, self.peers, self.outgoing, pages_of(step, self.stage.page_size))
 

@@ -1,0 +1,44 @@
+"""Clock: when a device came to a point of its work, in seconds of ``time.perf_counter``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+
+class HostClock:
+    """A CPU's work is done when the call returns."""
+
+    def now(self) -> Any:
+        """A moment: here, in what the device has been given to do."""
+        return time.perf_counter()
+
+    def passed(self, moment: Any) -> bool:
+        """Whether the device has come to it."""
+        return True
+
+    def seconds(self, moment: Any) -> float:
+        """When it came to a moment that has passed."""
+        return moment
+
+
+class CudaClock(HostClock):
+    """A GPU's work is done when it gets to it: moments are events in the current stream."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self._zero, self._at = self.now(), time.perf_counter()
+        self._zero.synchronize()
+
+    def now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def passed(self, moment: torch.cuda.Event) -> bool:
+        return moment.query()
+
+    def seconds(self, moment: torch.cuda.Event) -> float:
+        return self._at + self._zero.elapsed_time(moment) / 1e3
