@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.errors import BatchInferError
@@ -41,11 +42,11 @@ class Noting(EchoBackend):
         return completion
 
 
-def main() -> int:
-    Noting.folder, Noting.seconds = Path(sys.argv[1]), float(sys.argv[2])
+def work(folder: str, seconds: str, **changes: Any) -> int:
+    """Run an echo job, whose answers are noted in the folder. Returns its exit code."""
+    Noting.folder, Noting.seconds = Path(folder), float(seconds)
     try:
-        shard = {"job__shard": sys.argv[3]} if len(sys.argv) > 3 else {}
-        job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0, **shard)
+        job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0, **changes)
         return run_echo(job, Noting).exit_code
     except BatchInferError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -53,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(*sys.argv[1:3], **({"job__shard": sys.argv[3]} if len(sys.argv) > 3 else {})))
