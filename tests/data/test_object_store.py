@@ -146,13 +146,13 @@ def test_a_wrong_bucket_is_told_by_name(bucket):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "BEAT", 0.1)
-    monkeypatch.setattr(lease, "STALE", 1.5)  # the store's clock counts in seconds
+    monkeypatch.setattr(lease, "STALE", 2.5)  # the store's clock counts in seconds
     monkeypatch.setattr(module, "PATIENCE", 0.3)
 
 
 def test_a_second_holder_is_refused_and_told_who_has_it_for_as_long_as_it_is_held(store, quick):
     held = store.lock("lock", "OUT")
-    threading.Event().wait(2.5)  # longer than it lasts without renewal
+    threading.Event().wait(3.6)  # longer than it lasts without renewal
     with pytest.raises(LockedError, match=r"OUT is being written by another run: process \d+ on .* since 20") as raised:
         store.lock("lock", "OUT")
     assert raised.value.exit_code == ExitCode.LOCKED and store.is_locked("lock")
@@ -174,7 +174,7 @@ def test_a_lease_that_is_not_renewed_is_taken_over_and_its_holder_told(store, qu
     elsewhere(store)
     with pytest.raises(LockedError, match=r"on elsewhere, .*its lease ends in \d s"):
         store.lock("lock", "OUT")
-    threading.Event().wait(2.6)
+    threading.Event().wait(3.6)
     monkeypatch.setattr(lease, "BEAT", 0.1)
     second = store.lock("lock", "OUT")
     second.check()
@@ -207,7 +207,7 @@ def test_renewals_whose_answers_are_lost_keep_the_lease(bucket, store, quick):
 
 def test_of_many_that_find_it_stale_one_takes_it(store, quick):
     store.replace("lock", json.dumps({"pid": 1, "host": "elsewhere", "since": "then"}).encode())
-    threading.Event().wait(2.6)
+    threading.Event().wait(3.6)
     with ThreadPoolExecutor(6) as pool:
         tries = [pool.submit(open_store(store.root).lock, "lock", "OUT") for _ in range(6)]
     held = [each.result() for each in tries if each.exception() is None]
