@@ -7,13 +7,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-airflow test-airflow2 lint bench clean distclean setup
+.PHONY: demo test test-airflow test-airflow2 test-ray lint bench clean distclean setup
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/batchinfer run jobs/demo.toml
 
-test: setup .venv-airflow/.installed
+test: setup .venv-airflow/.installed .venv-ray/.installed
 	$(BIN)/python -m pytest
 
 test-airflow: setup .venv-airflow/.installed
@@ -21,6 +21,9 @@ test-airflow: setup .venv-airflow/.installed
 
 test-airflow2: setup .venv-airflow2/.installed
 	$(BIN)/python -m pytest tests/integrations -m airflow2
+
+test-ray: setup .venv-ray/.installed
+	RAY_ALL=1 $(BIN)/python -m pytest tests/integrations -k ray
 
 lint: setup
 	$(BIN)/ruff check
@@ -35,7 +38,7 @@ clean:
 	find batchinfer tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .venv-airflow .venv-airflow2
+	rm -rf $(VENV) .venv-airflow .venv-airflow2 .venv-ray
 
 # Set-up. Each stamp is a file in the environment, made again only when what it depends on changes.
 
@@ -66,4 +69,12 @@ $(VENV)/.demo-model: $(VENV)/.created constraints.txt
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install '$(AIRFLOW)'
 	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --editable .
+	@touch $@
+
+# Ray needs what batchinfer needs, and looks it up in the main environment.
+.venv-ray/.installed: $(VENV)/.installed
+	@echo "Installing Ray into $(@D) (400 MB) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install 'ray>=2.40'
 	@touch $@

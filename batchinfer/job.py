@@ -272,6 +272,14 @@ class ReportSection(Section):
     trace: Some | None = Field(None, description="a file for ui.perfetto.dev: what the engine did when, rank by rank")
 
 
+class RaySection(Section):
+    engines: int = Field(0, ge=0, description="how many engines; 0: as many as the cluster has room for")
+    cpus: int = Field(1, ge=1, description="CPUs that the cluster sets aside for an engine, beside its tp × pp GPUs")
+    restarts: int = Field(
+        2, ge=0, description="how often an engine that is lost is started again, and a unit tried again"
+    )
+
+
 class JobSection(Section):
     name: str = "batchinfer"
     shard: Share | None = Field(
@@ -293,6 +301,7 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     limits: LimitsSection = LimitsSection()
     report: ReportSection = ReportSection()
+    ray: RaySection = RaySection()
 
     @classmethod
     def load(

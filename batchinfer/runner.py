@@ -40,6 +40,7 @@ def run(
     *,
     progress: bool | None = None,
     fork: bool = False,
+    shard: Shard | None = None,
 ) -> Summary:
     """Work through a job until every row of its input has a row in its output. Running it again resumes.
 
@@ -52,6 +53,7 @@ def run(
         progress: False for silence.
         fork: where the output was begun by another job, work in OUT-2 instead, or in OUT-3 if that one is another
             job's too, and so on. The summary's ``output`` says where.
+        shard: the one that this run is, if not the job's ``job.shard``.
 
     Raises:
         JobError: the job, its input, model or output cannot be used.
@@ -66,6 +68,7 @@ def run(
             raise JobError("overrides apply to a job file; change a Job before it is run")
     else:
         job = Job.load(job, overrides)
+    share = Shard.of(job.job.shard) if shard is None else shard
     halt, first, tried = Halt(), job.output.path.rstrip("/") or "/", 1
     end = ends_at(job.limits.deadline, job.limits.max_time)
     try:
@@ -73,7 +76,7 @@ def run(
             backend = functools.cache(lambda: opened.enter_context(closing(open_backend(job, progress is not False))))
             while True:
                 try:
-                    return _run(job, first, backend, halt, signals, progress, begun)
+                    return _run(job, first, share, backend, halt, signals, progress, begun)
                 except JobDriftError:
                     if not fork:
                         raise
@@ -88,6 +91,7 @@ def run(
 def _run(
     job: Job,
     first: str,
+    shard: Shard | None,
     open_once: Callable[[], Backend],
     halt: Halt,
     signals: StopSignals,
@@ -100,7 +104,7 @@ def _run(
     """
     source = Source.of(job, first)
     columns = _columns(job, source)
-    with Ledger(job.output.path, shard=Shard.of(job.job.shard)) as ledger:
+    with Ledger(job.output.path, shard=shard) as ledger:
         if ledger.identity is not None:
             ledger.check_semantic(job.semantic(), tuple(job.semantic()))
             source = ledger.check_input(source, job.input.on_change, unit_rows(job, source))
@@ -123,7 +127,6 @@ def _run(
                 operational={"model": _model_at_a_glance(job), "job": told},
             )
             journal, stages = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress)
-            ledger.gather()
             summary = summarize(
                 ledger,
                 job.limits.max_failed_fraction,
@@ -191,7 +194,8 @@ def work(
     journal = Journal(
         ledger.store, ledger.epoch, columns.results, sync, sink.put, halt, retry=retry.number if retry else 0
     )
-    feed = Feed(source, pending, columns.read, renderer, job.sampling.seed, journal, halt)
+    chunks = ledger.shard.chunks(ledger, backend.load, halt) if ledger.shard else [pending]
+    feed = Feed(source, chunks, columns.read, renderer, job.sampling.seed, journal, halt)
     rows = sum(unit.rows for unit in ledger.share)
     before = rows - sum(unit.rows for unit in pending)
     settled = sum(commit.rows for commit in ledger.commits.values())
@@ -219,7 +223,9 @@ def work(
     for error in (halt.error, feed.error):
         if error is not None:
             raise error
-    if not halt.stopping and ledger.pending():
+    ledger.gather()
+    begun = {unit.index for unit in pending}  # what another shard appended meanwhile is for the next run
+    if not halt.stopping and any(unit.index in begun for unit in ledger.pending()):
         raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
     stages = {"generate": generated - started, "generate.wait": feed.waited}
     return journal, stages | feed.seconds | journal.seconds | sink.seconds
@@ -233,4 +239,4 @@ def _model_at_a_glance(job: Job) -> dict[str, Any]:
         files = None
     own = {"tensorrt"} if job.engine.backend == "tensorrt-llm" else set()
     asked = job.engine.model_dump(include={"backend", "plan", "device", "dtype", *own})
-    return {"path": job.model.path, "files": files, "quantization": job.build.quantization, **asked}
+    return {"path": job.model.path, "files": files, **asked}

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from batchinfer.errors import JobError
+
+if TYPE_CHECKING:
+    from batchinfer.data.ledger import Ledger
+    from batchinfer.data.threads import Halt
+    from batchinfer.request import Load
 
 _FORM = re.compile(r"(\d+|auto)/(\d+)|auto")
 
@@ -65,6 +70,10 @@ class Shard:
         """
         shuffled = sorted(range(len(units)), key=lambda i: _hash(units[i]))
         return [units[i] for i in sorted(shuffled[self.index :: self.count])]
+
+    def chunks(self, ledger: Ledger, load: Callable[[], Load], halt: Halt) -> Iterable[Sequence[Any]]:
+        """What its run is to do, a chunk of units at a time."""
+        return [ledger.pending()]
 
 
 def check(text: str) -> tuple[int | None, int | None]:

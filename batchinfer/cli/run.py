@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchinfer.cli.shared import json_option, parse_settings, say, set_option, verbose_option
-from batchinfer.errors import ExitCode
+from batchinfer.errors import ExitCode, JobError
 
 if TYPE_CHECKING:
     from batchinfer.data.report import Summary
@@ -35,11 +35,26 @@ if TYPE_CHECKING:
 @click.option("--max-time", metavar="4h", help="Stop taking up rows after that long: 4h, 90m, 1h30m.")
 @click.option("--shard", metavar="I/N", help="Share the job with other runs: 0/4 is the first of four; or auto.")
 @click.option("--trace", metavar="FILE", help="Write what the engine did when, for ui.perfetto.dev.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Work on a Ray cluster: --ray=auto, --ray=ray://host:10001; --ray alone starts one on this machine.",
+)
 @set_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
 @verbose_option
-def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: bool, fork: bool, **flags: Any) -> None:
+def run(
+    job_file: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    fork: bool,
+    ray: str | None,
+    **flags: Any,
+) -> None:
     """Work through a job; run it again to resume.
 
     \b
@@ -51,7 +66,8 @@ def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: b
 
     named = {_FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
     job = Job.load(job_file, named | parse_settings(settings))
-    summary = work(job, progress=False if quiet else None, fork=fork)
+    progress = False if quiet else None
+    summary = work(job, progress=progress, fork=fork) if ray is None else _on_ray(job, ray, progress, fork)
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
     elif summary.state == "complete" and not summary.run.rows:
@@ -67,6 +83,16 @@ def run(job_file: str | None, settings: tuple[str, ...], as_json: bool, quiet: b
             f"column {job.output.prefix + 'error'!r} says why"
         )
     click.get_current_context().exit(int(summary.exit_code))
+
+
+def _on_ray(job: Job, address: str, progress: bool | None, fork: bool) -> Summary:
+    if fork:
+        raise JobError("--fork does not go with --ray: choose another output.path")
+    try:
+        from batchinfer.integrations.ray import run_on_ray
+    except ImportError as error:
+        raise JobError(f'--ray needs Ray on every node: pip install "batchinfer[ray]" ({error})') from None
+    return run_on_ray(job, address, progress)
 
 
 _FLAGS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
@@ -34,7 +34,7 @@ class Feed(Worker):
     def __init__(
         self,
         source: Source,
-        units: Sequence[Unit],
+        chunks: Iterable[Sequence[Unit]],
         columns: Sequence[str],
         renderer: PromptRenderer,
         job_seed: int,
@@ -45,7 +45,7 @@ class Feed(Worker):
         self.error: BaseException | None = None
         self.outstanding = 0  # requests the engine has not answered; the caller counts answers down
         self.waited = 0.0  # seconds the engine had nothing to do for want of prompts
-        self._source, self._units, self._columns = source, units, list(columns)
+        self._source, self._chunks_of_units, self._columns = source, chunks, list(columns)
         self._renderer, self._job_seed, self._journal = renderer, job_seed, journal
         self._channel: Channel[list[Request]] = Channel(*AHEAD, halt)
         self._window = Window(*IN_FLIGHT, halt)
@@ -90,13 +90,14 @@ class Feed(Worker):
     def work(self) -> None:
         try:
             with (
-                closing(self._source.read(self._units, self._columns)) as units,
+                closing(self._source.read_chunks(self._chunks_of_units, self._columns)) as units,
                 ThreadPoolExecutor(RENDERERS, "batchinfer-render") as pool,
             ):
                 rendering: deque[Future[list[Request | Completion]]] = deque()
                 for chunk in self._chunks(units):
-                    rendering.append(pool.submit(self._render, *chunk))
-                    if len(rendering) == RENDERERS:
+                    if chunk is not None:
+                        rendering.append(pool.submit(self._render, *chunk))
+                    while rendering and (chunk is None or len(rendering) == RENDERERS):
                         self._pass_on(rendering.popleft())
                 for rendered in rendering:
                     self._pass_on(rendered)
@@ -105,14 +106,21 @@ class Feed(Worker):
         finally:
             self._channel.close()
 
-    def _chunks(self, units: Iterator[tuple[Unit, pa.Table]]) -> Iterator[tuple[Unit, pa.Table, Sequence[int]]]:
-        """Open unit after unit; yield its prompts and which of its rows are still to be rendered, some at a time."""
+    def _chunks(
+        self, units: Iterator[tuple[Unit, pa.Table] | tuple[None, None]]
+    ) -> Iterator[tuple[Unit, pa.Table, Sequence[int]] | None]:
+        """Open unit after unit; yield its prompts and which of its rows are still to be rendered, some at a time. None
+        while there is no unit.
+        """
         while not self.halt.now:
             with self.timed("feed.read"):
                 item = next(units, None)
             if item is None:
                 return
             unit, rows = item
+            if unit is None:
+                yield None
+                continue
             with self.timed("feed.wait"):
                 if not self._window.enter(unit.rows, rows.nbytes):
                     return

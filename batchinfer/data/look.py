@@ -164,8 +164,10 @@ def _shards(ledger: Ledger, at_work: list[Shard]) -> list[ShardStanding]:
     leases: dict[Shard, dict[str, Any]] = {}
     for name in reversed(ledger.store.list("leases", ".json")):
         lease = json.loads(ledger.store.read(f"leases/{name}"))
-        shard = Shard.of(lease.get("shard"))
-        if shard is None or any(shard.count != other.count for other in leases):
+        if not lease.get("shard", "-")[0].isdigit():  # a run of the whole, or an engine that has no share of its own
+            break
+        shard = Shard.of(lease["shard"])
+        if any(shard.count != other.count for other in leases):
             break
         leases.setdefault(shard, lease)
     found = []

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.data import commits
 from batchinfer.data.journal import Tally
-from batchinfer.data.ledger import Ledger
+from batchinfer.data.ledger import Commit, Ledger
 from batchinfer.data.source import Unit
 from batchinfer.errors import ExitCode
 from batchinfer.host import peak_rss
@@ -171,8 +171,13 @@ def summarize(
 
 
 def _committed(ledger: Ledger, units: list[Unit]) -> Tally:
+    return tally_of(filter(None, (ledger.commits.get(unit.index) for unit in units)))
+
+
+def tally_of(commits: Iterable[Commit]) -> Tally:
+    """What some units come to."""
     job = Tally()
-    for commit in filter(None, (ledger.commits.get(unit.index) for unit in units)):
+    for commit in commits:
         job.rows += commit.rows
         job.failed += commit.failed
         job.prompt_tokens += commit.prompt_tokens

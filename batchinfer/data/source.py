@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,6 +143,17 @@ class Source:
         """
         schema = pa.schema([self.schema.field(name) for name in columns])
         return _ahead(self._read_units(list(units), schema), depth=2)
+
+    def read_chunks(
+        self, chunks: Iterable[Sequence[Unit]], columns: Sequence[str]
+    ) -> Iterator[tuple[Unit, pa.Table] | tuple[None, None]]:
+        """As ``read`` one after the other, each chunk asked for when the one before it was read.
+
+        An empty chunk is told, as None and None: nothing is there at the moment, and something may follow.
+        """
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        some = (self._read_units(list(units), schema) if units else [(None, None)] for units in chunks)
+        return _ahead(itertools.chain.from_iterable(some), depth=2)
 
     def _read_units(self, units: list[Unit], schema: pa.Schema) -> Iterator[tuple[Unit, pa.Table]]:
         with closing(self._read((piece for unit in units for piece in unit.pieces), schema)) as read:
