@@ -269,6 +269,10 @@ class LimitsSection(Section):
 
 class ReportSection(Section):
     log_seconds: float = Field(5.0, gt=0, description="seconds between progress lines where there is no terminal")
+    prometheus: Some | None = Field(None, description="a file for the node exporter's textfile collector: run.prom")
+    pushgateway: Some | None = Field(None, description="URL of a Prometheus push gateway")
+    opentelemetry: bool = Field(False, description="a span and gauges; the OTEL_… variables say where they go")
+    price_per_hour: float = Field(0.0, ge=0, description="what the machine costs, for the cost of a run")
     trace: Some | None = Field(None, description="a file for ui.perfetto.dev: what the engine did when, rank by rank")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -19,6 +18,7 @@ from batchinfer.data.journal import Journal, ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import look
 from batchinfer.data.manifest import publish
+from batchinfer.data.metrics import exporters
 from batchinfer.data.part_size import unit_rows
 from batchinfer.data.prompt import PromptRenderer, check_columns
 from batchinfer.data.report import Progress, Summary, summarize, write_summary
@@ -31,6 +31,7 @@ from batchinfer.deadline import ends_at
 from batchinfer.engine.model.source import ModelSource
 from batchinfer.errors import EngineError, ExitCode, JobDriftError, JobError, ModelError
 from batchinfer.job import Job
+from batchinfer.log import say
 from batchinfer.shard import Shard
 
 
@@ -83,7 +84,7 @@ def run(
                 tried, taken = tried + 1, job.output.path
                 job = job.model_copy(update={"output": job.output.model_copy(update={"path": f"{first}-{tried}"})})
                 if progress is not False:
-                    print(f"batchinfer: {taken} is another job's, this one goes to {job.output.path}", file=sys.stderr)
+                    say(f"{taken} is another job's, this one goes to {job.output.path}", "warning")
     except StopNow:
         return _stopped_before_work(job, halt)
 
@@ -115,8 +116,9 @@ def _run(
             return summarize(ledger, job.limits.max_failed_fraction, seconds=time.perf_counter() - begun)
         if halt.stopping:
             raise StopNow
+        listeners = exporters(job)
         backend = open_once()
-        with Series(ledger) as series:
+        with Series(ledger, listeners) as series:
             opened = time.perf_counter() - begun
             renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
             told = job.model_dump(mode="json", exclude={"job": {"shard"}})

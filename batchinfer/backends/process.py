@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from batchinfer.backends.suspects import Suspects
 from batchinfer.backends.wire import pack_requests, unpack_completions
 from batchinfer.errors import EngineError
 from batchinfer.job import Job
+from batchinfer.log import say
 from batchinfer.request import Completion, Load, Request
 
 IN_ALL = 20  # times limits.restarts that an engine may be restarted in a run, however well it goes in between
@@ -208,4 +208,4 @@ class ProcessBackend:
 
     def _say(self, what: str) -> None:
         if self._progress:
-            print(f"batchinfer: {what}", file=sys.stderr, flush=True)
+            say(what, "warning")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchinfer.cli.shared import json_option, parse_settings, say, set_option, verbose_option
+from batchinfer.cli.shared import json_option, log_format_option, parse_settings, say, set_option, verbose_option
 from batchinfer.errors import ExitCode, JobError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 )
 @set_option
 @json_option
+@log_format_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no table.")
 @verbose_option
 def run(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from batchinfer import log
 from batchinfer.errors import JobError
 
 
@@ -23,6 +24,18 @@ set_option = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_note_verbose, help="Log more; show tracebacks."
+)
+
+
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda _, __, value: log.use(value),
+    help="What is said on stderr: lines for people, or a JSON object a line.",
 )
 
 
@@ -46,4 +59,4 @@ def output_of(job_or_output: str) -> str:
 
 
 def say(message: str) -> None:
-    click.echo(f"batchinfer: {message}", err=True)
+    click.echo(log.line(message, "error"), err=True, nl=False)

@@ -22,6 +22,7 @@ from batchinfer.data.ledger import Commit, Ledger
 from batchinfer.data.source import Unit
 from batchinfer.errors import ExitCode
 from batchinfer.host import peak_rss
+from batchinfer.log import is_json, say
 from batchinfer.request import Load
 
 SUMMARY = "summary.json"
@@ -230,7 +231,7 @@ class Progress:
         shown: bool | None,
     ) -> None:
         self._rows, self._done, self._tally, self._load = rows, done, tally, load
-        self._on_terminal = sys.stderr.isatty()
+        self._on_terminal = sys.stderr.isatty() and not is_json()
         self._interval = 0.5 if self._on_terminal else log_seconds
         self._shown = shown is not False
         self._ended = threading.Event()
@@ -251,7 +252,7 @@ class Progress:
     def _tell(self) -> None:
         if not self._on_terminal:
             while not self._ended.wait(self._interval):
-                print(f"batchinfer: {self._line()}", file=sys.stderr, flush=True)
+                say(self._line(), rows=self._rows, done=self._done(), **self._counts())
             return
         from tqdm import tqdm
 
@@ -261,6 +262,10 @@ class Progress:
                 ended = self._ended.wait(self._interval)
                 bar.set_postfix_str(self._engine(), refresh=False)
                 bar.update(self._done() - bar.n)
+
+    def _counts(self) -> dict[str, Any]:
+        names = ("failed", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self._tally, name) for name in names} | {"kv_used": round(self._load().kv_used, 4)}
 
     def _engine(self) -> str:
         load, tokens, now = self._load(), self._tally.prompt_tokens + self._tally.completion_tokens, time.monotonic()

@@ -15,7 +15,7 @@ import json
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -39,10 +39,13 @@ class Series:
     """Writes the series of one run, on a thread of its own from ``begin`` on. Leaving it writes the last line.
 
     A disk that takes no more lines ends the series and leaves the run alone.
+
+    Args:
+        listeners: are told each line too, as it is written.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, listeners: Sequence[Callable[[dict[str, Any]], None]] = ()) -> None:
+        self._ledger, self._listeners = ledger, listeners
         self._summary: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="batchinfer-series", daemon=True)
@@ -111,11 +114,15 @@ class Series:
             failed=tally.failed,
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
+            finish_reasons=dict(tally.finish_reasons),
             **{name: round(getattr(load, name), 4) for name in LOAD},
         )
 
     def _write(self, kind: str, **values: Any) -> None:
-        line = json.dumps({"kind": kind, "time": round(time.time(), 2), **values}, separators=(",", ":"))
+        told = {"kind": kind, "time": round(time.time(), 2), **values}
+        for listener in self._listeners:
+            listener(told)
+        line = json.dumps(told, separators=(",", ":"))
         self._lines += line.encode() + b"\n"
         if kind != "point" or time.monotonic() - self._noted >= self._ledger.store.note_gap:
             self._ledger.store.note(self._name, self._lines)

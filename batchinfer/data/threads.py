@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from batchinfer.log import line
+
 POLL = 0.05  # seconds after which a waiting thread looks whether the run goes on
 
 
@@ -78,7 +80,7 @@ class StopSignals:
         self._halt.stop(signal.Signals(number).name)
         if self.phase == "work" and first:
             with contextlib.suppress(OSError):  # whoever read it may be gone
-                os.write(2, b"batchinfer: stopping once the rows under way are finished; again to stop at once\n")
+                os.write(2, line("stopping once the rows under way are finished; again to stop at once").encode())
             return
         self.phase = "end"
         raise StopNow
@@ -116,7 +118,7 @@ class Deadline:
         if time.time() < moment:
             return False
         self._halt.stop(why)
-        os.write(2, f"batchinfer: {why}, stopping once the rows under way are finished\n".encode())
+        os.write(2, line(f"{why}, stopping once the rows under way are finished").encode())
         return True
 
 

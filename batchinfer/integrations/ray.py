@@ -8,7 +8,6 @@ flight. Input and output must be where all nodes see them. No row passes through
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from batchinfer.deadline import ends_at
 from batchinfer.errors import BatchInferError, EngineError, ExitCode, JobError
 from batchinfer.integrations.unit_queue import UnitQueue
 from batchinfer.job import Job
+from batchinfer.log import say
 from batchinfer.request import Load
 from batchinfer.shard import Shard
 
@@ -209,7 +209,7 @@ class Fleet:
         except RayTaskError as hopeless:
             return hopeless.cause
         left = f"{len(again)} units are dealt again, {self._left[engine]} restarts left"
-        print(f"batchinfer: engine {engine} is lost: {left}", file=sys.stderr)
+        say(f"engine {engine} is lost: {left}", "warning")
         return None
 
     def _pass_on(self, engines: Iterable[int]) -> None:
