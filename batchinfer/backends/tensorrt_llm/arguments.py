@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchinfer.backends.tensorrt_llm.make import SCHEMES
 from batchinfer.backends.tensorrt_llm.versions import Release
 from batchinfer.engine.model.source import DEFAULT_SEQ_LEN, ModelSource
 from batchinfer.errors import JobError, ModelError
@@ -58,9 +59,16 @@ def check(job: Job, release: Release | None) -> None:
     for name, value in _ENGINE_ONLY.items():
         if getattr(job.build, name) == value and job.engine.tensorrt.flavour == "pytorch":
             raise JobError(f'build.{name} = "{value}" needs engine.tensorrt.flavour = "engine"')
-    for name in _NATIVE_ONLY:
-        if getattr(job.engine, name) != EngineSection.model_fields[name].default:
-            raise JobError(f'engine.{name} is not for engine.backend = "tensorrt-llm", which chooses by itself')
+    for key in _NATIVE_ONLY:
+        section, name = key.split(".")
+        asked = getattr(job, section)
+        if getattr(asked, name) != type(asked).model_fields[name].default:
+            raise JobError(f'{key} is not for engine.backend = "tensorrt-llm", which chooses by itself')
+    if quantization(job) not in ("none", *SCHEMES):
+        raise JobError(
+            f'build.quantization = "{quantization(job)}" is the native engine\'s; engine.backend = "tensorrt-llm" has '
+            f"{', '.join(SCHEMES)}"
+        )
     if release is None:
         return
     if job.engine.tensorrt.flavour == "engine" and not release.has("engine flavour"):
@@ -183,7 +191,11 @@ def _uses(sampling: SamplingSection, name: str) -> bool:
 
 
 _ENGINE_ONLY = {"quantization": "int8_sq", "kv_dtype": "int8"}
-_NATIVE_ONLY = ("pp_partition", "micro_batches", "mode", "prefill_tp", "prefill_pp")
+_NATIVE_ONLY = (
+    *(f"engine.{name}" for name in ("pp_partition", "micro_batches", "mode", "prefill_tp", "prefill_pp")),
+    "build.group_size",
+    "build.max_quality_loss",
+)
 _OFF = {"temperature": 0.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # build.quantization → Model-Optimizer's config, TensorRT-LLM's algorithm.
-_SCHEMES = {
+SCHEMES = {
     "fp8": ("FP8_DEFAULT_CFG", "FP8"),
     "int4_awq": ("INT4_AWQ_CFG", "W4A16_AWQ"),
     "w4a8_awq": ("W4A8_AWQ_BETA_CFG", "W4A8_AWQ"),
@@ -42,7 +42,7 @@ def quantise(spec: Mapping[str, Any]) -> None:
             model(torch.tensor([ids], device=model.device))
 
     with torch.inference_mode():
-        mtq.quantize(model, getattr(mtq, _SCHEMES[spec["quantization"]][0]), calibrate)
+        mtq.quantize(model, getattr(mtq, SCHEMES[spec["quantization"]][0]), calibrate)
         export_hf_checkpoint(model, export_dir=spec["output"])
     AutoTokenizer.from_pretrained(spec["model"], local_files_only=True).save_pretrained(spec["output"])
 
@@ -55,7 +55,7 @@ def compile_engine(spec: Mapping[str, Any]) -> None:
     arguments: dict[str, Any] = {}
     quantised = {}
     if spec["quantization"] != "none":
-        quantised["quant_algo"] = getattr(QuantAlgo, _SCHEMES[spec["quantization"]][1])
+        quantised["quant_algo"] = getattr(QuantAlgo, SCHEMES[spec["quantization"]][1])
         # A folder with a train split and a text column. By name, a data set would be downloaded.
         arguments["calib_config"] = CalibConfig(
             calib_dataset=spec["calibration"],

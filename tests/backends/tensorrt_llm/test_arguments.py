@@ -79,6 +79,9 @@ def test_what_a_version_would_pass_over_is_refused_by_name(tmp_path, model):
     scheme = refusal("1.2.1", build__quantization="int8_sq")
     assert 'build.quantization = "int8_sq" needs engine.tensorrt.flavour = "engine"' in scheme
     assert 'build.kv_dtype = "int8" needs' in refusal("1.2.1", build__kv_dtype="int8")
+    assert "build.group_size is not for" in refusal("1.2.1", build__group_size=64)
+    native = refusal("1.2.1", build__quantization="gptq")
+    assert 'build.quantization = "gptq" is the native engine\'s' in native and "nvfp4" in native
     assert "engine.pp_partition" in refusal("1.2.1", engine__pp_partition=[1, 2])
     engine = refusal("1.3.0rc21", engine__tensorrt__flavour="engine")
     assert "tensorrt_llm 1.3.0rc21" in engine and "1.3.0rc20" in engine
