@@ -98,7 +98,8 @@ class Child:
     def kill(self) -> None:
         """End it and all it started, now."""
         self._kill_group()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(DYING)
         self._wire.close()
         self._lifeline.close()
 
@@ -119,7 +120,9 @@ class Child:
         self._how = self._how or _how(self._process.returncode)
 
 
-def _how(code: int) -> str:
+def _how(code: int | None) -> str:
+    if code is None:
+        return "it does not end, though it was killed"
     if code >= 0:
         return f"it exited with code {code}"
     try:

@@ -74,6 +74,8 @@ class ProcessBackend:
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
         self._last = False
+        self._under_way.clear()  # what an earlier caller did not wait for
+        self._suspects = Suspects()
         try:
             while not self._last or self._suspects:
                 try:
@@ -103,6 +105,7 @@ class ProcessBackend:
     def _converse(self, child: Child, requests: Iterator[Request | None]) -> Iterator[Completion]:
         """Give the engine rows as it pulls them, until it has answered all there are or is worn. Raises: Died."""
         child.say({"begin": True})
+        end = False
         while True:
             message, ids = child.hear()
             if "done" in message:
@@ -122,6 +125,9 @@ class ProcessBackend:
             elif "error" in message:
                 raise Died(message["told"])
             elif "ended" in message:
+                if self._under_way or not end:
+                    left = f"{len(self._under_way):,} requests unanswered"
+                    raise EngineError(f"the engine ended by itself, with {left}; run again to go on")
                 return
 
     def _answered(self, number: int) -> Any:
@@ -132,12 +138,11 @@ class ProcessBackend:
 
     def _rows(self, most: int, requests: Iterator[Request | None]) -> tuple[list[Request], bool]:
         """Rows for the engine, and whether no more will follow."""
-        idle = not self._under_way
-        suspected = self._suspects.take(most, idle)
+        suspected = self._suspects.take(most, idle=not self._under_way)
         if suspected is not None:
             return suspected, False
         if self._worn:
-            return [], idle
+            return [], True
         if self._isolation.recycle_rows:
             most = min(most, self._isolation.recycle_rows - self._given)
         rows: list[Request] = []

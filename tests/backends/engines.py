@@ -87,6 +87,16 @@ def __getattr__(name: str) -> Callable:
     raise AttributeError(name)
 
 
+class Forgetful(EchoBackend):
+    def generate(self, requests):
+        return (answer for answer in super().generate(requests) if answer.key % 10)
+
+
+class Lazy(EchoBackend):
+    def generate(self, requests):
+        return super().generate(next(requests) for _ in range(5))
+
+
 class Slow(Batching):
     def step(self):
         time.sleep(0.01)
@@ -95,6 +105,8 @@ class Slow(Batching):
 
 echo = _echo(EchoBackend)
 slow = _echo(Slow)
+forgetful = _echo(Forgetful)
+lazy = _echo(Lazy)
 batching = _echo(Batching)
 
 

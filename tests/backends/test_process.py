@@ -167,6 +167,12 @@ def test_a_process_that_is_killed_from_outside_costs_no_row(open_process):
     assert backend.load().details["restarts"] >= 1
 
 
+@pytest.mark.parametrize("engine, left", [("forgetful", "10"), ("lazy", r"\d+")])
+def test_an_engine_that_forgets_rows_or_leaves_early_is_found_out(open_process, engine, left):
+    with pytest.raises(EngineError, match=f"ended by itself, with {left} requests unanswered"):
+        list(open_process(engine).generate(iter(requests(100))))
+
+
 def test_a_worn_process_is_replaced_when_its_rows_are_answered(open_process):
     backend = open_process("batching", Isolation(recycle_rows=25))
     first = pid_of(backend)
