@@ -38,7 +38,12 @@ HASTE = {  # settings of batchinfer.data.bucket for tests
 def start_server() -> tuple[subprocess.Popen, int]:
     command = [sys.executable, "-m", "tests.s3"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return process, int(process.stdout.readline())
 
@@ -188,7 +193,8 @@ def main() -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     print(server.get_host_and_port()[1], flush=True)
-    threading.Event().wait()
+    sys.stdin.read()  # until whoever started it ends
+    os._exit(0)
 
 
 if __name__ == "__main__":
