@@ -83,6 +83,8 @@ def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
         page_table=tensor(pages),
         max_query_len=1,
         max_context_len=context,
+        decodes=rows,
+        counts=tensor(np.array([rows, rows])),
     )
     token_ids, sampled = tensor(np.arange(rows) % model.vocab_size), torch.arange(rows, device=stage.device)
     nothing = dict.fromkeys(("seed", "index", "position", "history_rows", "history_lens"), np.zeros(rows, np.int32))

@@ -16,6 +16,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from triton.testing import do_bench
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.model.spec import DecoderSpec, RopeSpec
 from batchinfer.engine.plan import EnginePlan, Profile
-from batchinfer.engine.quant import SCHEMES, quantize_layer
+from batchinfer.engine.quant import fp8
 from batchinfer.request import Request, SamplingParams
 from tests.bench.workloads import WORKLOADS, Workload
 
@@ -57,11 +58,21 @@ class RandomPlan(EnginePlan):
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         words = {f"w{i}": i for i in range(MODELS[model].vocab_size)}
         Tokenizer(models.WordLevel(words, "w0")).save(str(folder / "tokenizer" / "tokenizer.json"))
-        fp8 = mode == "fp8"
+        quantised = mode == "fp8"
         return cls(
-            folder, model, MODELS[model], "cuda", "bfloat16", mode if fp8 else "none", profile, (2,), {},
-            kv_dtype=mode if fp8 else "auto",
-        )  # fmt: skip
+            path=folder,
+            model=model,
+            spec=MODELS[model],
+            device="cuda",
+            dtype="bfloat16",
+            quantization="fp8" if quantised else "none",
+            group_size=0,
+            quality=None,
+            profile=profile,
+            eos_token_ids=(2,),
+            fingerprint={},
+            kv_dtype="fp8" if quantised else "auto",
+        )
 
     def weights(self, group: str) -> dict[str, torch.Tensor]:
         spec, hidden = self.spec, self.spec.hidden_size
@@ -76,15 +87,18 @@ class RandomPlan(EnginePlan):
         if group == "head":
             norm = {"norm.weight": torch.ones(hidden, device="cuda")}
             return norm if spec.tied_head else norm | {"weight": draw(spec.vocab_size, hidden)}
-        made = {
-            "attn_norm.weight": torch.ones(hidden, device="cuda"),
-            "qkv.weight": draw(spec.qkv_size, hidden),
-            "o.weight": draw(hidden, spec.num_heads * spec.head_dim),
-            "mlp_norm.weight": torch.ones(hidden, device="cuda"),
-            "gate_up.weight": draw(2 * spec.intermediate_size, hidden),
-            "down.weight": draw(hidden, spec.intermediate_size),
+        made = {f"{norm}.weight": torch.ones(hidden, device="cuda") for norm in ("attn_norm", "mlp_norm")}
+        shapes = {
+            "qkv": (spec.qkv_size, hidden),
+            "o": (hidden, spec.num_heads * spec.head_dim),
+            "gate_up": (2 * spec.intermediate_size, hidden),
+            "down": (hidden, spec.intermediate_size),
         }
-        return made if self.quantization == "none" else quantize_layer(made, SCHEMES["fp8"], torch.bfloat16)
+        for name, shape in shapes.items():
+            weight = draw(*shape)
+            form = {"weight": weight} if self.quantization == "none" else fp8.quantize(weight)
+            made |= {f"{name}.{part}": tensor for part, tensor in form.items()}
+        return made
 
 
 @dataclass(frozen=True)
@@ -179,19 +193,19 @@ def ours(model: str, mode: str, names: list[str], batch: int, ceilings: Ceilings
 
 
 def vllm(model: str, mode: str, names: list[str], seconds: float) -> dict[str, float]:
-    """Output tokens a second by workload, of those that it finished within ``seconds``."""
-    if importlib.util.find_spec("vllm") is None:
+    """Output tokens a second by workload, of those that it finished within ``seconds``; each is printed at once."""
+    if importlib.util.find_spec("vllm") is None or seconds <= 0:
         return {}
     command = [sys.executable, "-m", "tests.bench.gpu_vllm", model, mode, *names]
-    try:
-        out = subprocess.run(command, stdout=subprocess.PIPE, timeout=seconds, check=False).stdout
-    except subprocess.TimeoutExpired as expired:
-        out = expired.stdout or b""
     results = {}
-    for line in out.decode().splitlines():
-        if line.startswith("{"):
-            results |= json.loads(line)
-            print(f"vllm {model} {mode} {line}", flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        watch = threading.Timer(seconds, process.terminate)
+        watch.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                results |= json.loads(line)
+                print(f"vllm {model} {mode}: {line.strip()}", flush=True)
+        watch.cancel()
     return results
 
 

@@ -30,6 +30,7 @@ class AttentionBatch:
     max_context_len: int
     # For kernels that treat sequences of one row apart: how many there are at the front, and how many after them.
     # ``counts`` is what counts on a GPU, [2]: those at the front, and all; the numbers are the most that it may say.
+    # Without it nothing is known of them.
     decodes: int = 0
     prefills: int = 0
     counts: Tensor | None = None

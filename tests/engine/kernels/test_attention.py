@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,16 @@ def test_fast_attention_is_the_reference(kernels, dtype, tolerance, shape, windo
         for batch in (sequences.history(), sequences.last()):
             fast, reference = pair.step(batch, pair.random_qkv(batch))
             torch.testing.assert_close(fast, reference, **tolerance)
+
+
+def test_sequences_of_one_row_need_not_be_told_apart(kernels, dtype, tolerance):
+    pair = Pair(kernels, 6, 2, 64, 16, None, dtype)
+    sequences = Sequences.random(np.random.default_rng(0), [40, 17, 33], [1, 1, 20], 16)
+    pair.allocate(sequences)
+    history = sequences.history()
+    pair.step(history, pair.random_qkv(history))
+    batch = dataclasses.replace(sequences.last(), decodes=0, prefills=0, counts=None)
+    torch.testing.assert_close(*pair.step(batch, pair.random_qkv(batch)), **tolerance)
 
 
 def test_sequences_may_share_pages(kernels, dtype, tolerance):

@@ -8,7 +8,7 @@ transposes bytes on their way to it. So FP8 values lie in chunks of 16 tokens, `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -404,6 +404,10 @@ class GpuPagedAttention(PagedAttention):
 
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:
         assert q.is_contiguous() and out.is_contiguous()
+        if batch.counts is None:  # nobody has told them apart: prefill is right for all of them
+            sequences = len(batch.context_lens)
+            counts = torch.tensor([0, sequences], dtype=torch.int32, device=q.device)
+            batch = replace(batch, decodes=0, prefills=sequences, counts=counts)
         if batch.decodes:
             self._attend_decodes(q, batch, cache, out)
         if batch.prefills:
