@@ -15,11 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchinfer import Engine, SamplingParams
 from batchinfer.engine import pipeline
 from batchinfer.engine.balance import Costs, deal
+from batchinfer.engine.build import build
+from batchinfer.engine.kernels.linear import load_linear
 from batchinfer.engine.link import Link
+from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.worker import work
 from batchinfer.errors import EngineError, ModelError
 from tests.engine.test_families import prompts
@@ -262,3 +266,43 @@ def test_ranks_of_other_machines_meet_the_engine_as_torchruns_processes_do(model
     with contextlib.closing(Engine(models["llama"], tp=2, pp=2, pp_partition=(1, 2), **OPTIONS)) as engine:
         assert said(engine) == said(alone)
     assert all(rank.wait(timeout=20) == 0 for rank in ranks)
+
+
+def quantised(scheme: str) -> dict:
+    return OPTIONS | {"quantization": scheme, "group_size": 32, "max_quality_loss": 100.0}
+
+
+@pytest.mark.parametrize("scheme", ["int4", "gptq", "smoothquant"])
+def test_a_quantised_model_says_the_same_from_stages(models, scheme, ranks_are_threads):
+    expected = said(Engine(models["llama"], **quantised(scheme)))
+    with contextlib.closing(Engine(models["llama"], pp=3, **quantised(scheme))) as engine:
+        assert said(engine) == expected
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "awq", "w8a8"])
+@pytest.mark.parametrize("tp", [2, 3])
+def test_quantised_matrices_are_cut_where_their_numbers_lie(models, scheme, tp):
+    plan = build(str(models["llama"]), **quantised(scheme))
+    group = plan.weights("layer-001")
+    shards = [Shard(plan.spec, range(3), tp, rank) for rank in range(tp)]
+    cuts = [shard.cut("layer-001", group) for shard in shards]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("o", "down"):  # inputs are shared out, outputs summed up
+        columns = [shard._inputs[name][0] for shard in shards]
+        x = torch.randn(16, columns[-1].stop, generator=generator)
+        whole = load_linear(group, name)(x)
+        parts = [load_linear(cut, name)(x[:, c.start : c.stop].contiguous()) for cut, c in zip(cuts, columns)]
+        torch.testing.assert_close(sum(parts), whole, atol=0.02 * float(whole.abs().max()), rtol=0)
+    for name in ("qkv", "gate_up"):  # outputs are shared out
+        x = torch.randn(16, plan.spec.hidden_size, generator=generator)
+        whole = load_linear(group, name)(x)
+        for shard, cut in zip(shards, cuts):
+            wanted = torch.cat([whole[:, rows.start : rows.stop] for rows in shard._outputs[name]], dim=1)
+            assert torch.equal(load_linear(cut, name)(x), wanted)
+
+
+def test_columns_in_an_order_of_their_own_are_not_cut(models):
+    plan = build(str(models["llama"]), **quantised("int4"))
+    group = plan.weights("layer-001") | {"o.order": torch.arange(48, dtype=torch.int32)}
+    with pytest.raises(ModelError, match="order of its own .* raise engine.pp"):
+        Shard(plan.spec, range(3), 2, 0).cut("layer-001", group)

@@ -8,6 +8,7 @@ by vocabulary. Weights are cut when they are read: one plan serves every layout.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,16 +98,27 @@ class Shard:
             return group
         if name in ("embed", "head"):
             return {key: _rows(t, [self.vocabulary]) if key == "weight" else t for key, t in group.items()}
-        return {key: part for key, tensor in group.items() if (part := self._cut_layer(key, tensor)) is not None}
+        cut = {}
+        for key, tensor in group.items():
+            linear, _, kind = key.partition(".")
+            if kind == "bias" and linear in self._inputs and self.tp_rank > 0:
+                continue  # the sum over the ranks must hold it once
+            cut[key] = self._cut_layer(linear, kind, tensor, group)
+        return cut
 
-    def _cut_layer(self, key: str, tensor: Tensor) -> Tensor | None:
-        linear, _, kind = key.partition(".")
-        if linear in self._outputs:
+    def _cut_layer(self, linear: str, kind: str, tensor: Tensor, group: dict[str, Tensor]) -> Tensor:
+        if linear in self._outputs and kind not in ("group", "order"):
             return _rows(tensor, self._outputs[linear])
-        if linear in self._inputs:
-            if kind == "bias":  # the sum over the ranks must hold it once
-                return tensor if self.tp_rank == 0 else None
-            return tensor if tensor.ndim == 1 else _columns(key, tensor, *self._inputs[linear])
+        if linear in self._inputs and kind != "bias":
+            if f"{linear}.order" in group:
+                raise ModelError(
+                    f"{linear} keeps its columns in an order of its own (GPTQ with act-order), which does not let "
+                    f"{self.tp} ranks share them: set engine.tp = 1 and raise engine.pp"
+                )
+            columns, width = self._inputs[linear]
+            if f"{linear}.group" in group:
+                return _grouped_columns(kind, tensor, columns, width, int(group[f"{linear}.group"]))
+            return tensor if tensor.ndim == 1 else _columns(tensor, columns, width)
         return tensor
 
     @functools.cached_property
@@ -144,12 +156,18 @@ def _rows(tensor: Tensor, parts: list[range]) -> Tensor:
     return torch.cat([tensor[part.start : part.stop] for part in parts])
 
 
-def _columns(key: str, tensor: Tensor, part: range, width: int) -> Tensor:
-    """Columns of a matrix that is ``width`` wide; ``tensor`` may hold several in one: packed, or as a group."""
-    first, last = (bound * tensor.shape[1] / width for bound in (part.start, part.stop))
-    if first % 1 or last % 1:
-        raise ModelError(
-            f"{key} holds groups of {width // tensor.shape[1]} columns, which this rank's columns {part.start} to "
-            f"{part.stop} would cut: quantise in smaller groups, or take another engine.tp"
-        )
-    return tensor[:, int(first) : int(last)].contiguous()
+def _columns(tensor: Tensor, part: range, width: int) -> Tensor:
+    """Columns of a matrix that is ``width`` wide, of which ``tensor`` may hold several in one element."""
+    packed = width // tensor.shape[1]
+    return tensor[:, part.start // packed : -(-part.stop // packed)].contiguous()
+
+
+def _grouped_columns(kind: str, tensor: Tensor, part: range, width: int, group: int) -> Tensor:
+    """The same where ``group`` columns share a scale. Groups that the cut goes through become several smaller ones."""
+    finer = math.gcd(group, part.start, *([part.stop] if part.stop < width else []))
+    if kind == "group":
+        return torch.full_like(tensor, finer)
+    if kind in ("scale", "zero"):
+        tensor = tensor.repeat_interleave(group // finer, dim=1)
+        return tensor[:, part.start // finer : -(-part.stop // finer)].contiguous()
+    return _columns(tensor, part, width)
