@@ -145,7 +145,7 @@ def _figures(told: Simulated) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that were measured on an H100 and its links."""
+    """Rates assumed of an H100 and its links; that of a sum was measured between two of them."""
 
     flops: float = 650e12  # bf16 products of a few thousand rows
     read_bytes: float = 2.7e12  # a second, weights and keys
