@@ -41,15 +41,16 @@ pytestmark = pytest.mark.filterwarnings("error")
 @pytest.fixture(autouse=True)
 def in_time():
     """Whatever goes wrong, no run hangs and no thread of it stays."""
-    before = threading.active_count()
+    before = set(threading.enumerate())  # a test before may leave a thread on purpose: an engine that hangs
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the run hangs"))
     signal.alarm(30)
     yield
     signal.alarm(0)
     deadline = time.monotonic() + 2
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [t.name for t in threading.enumerate() if t.name.startswith("batchinfer")] == []
+    new = set(threading.enumerate()) - before
+    assert [t.name for t in new if t.name.startswith("batchinfer")] == []
 
 
 def simple(tmp_path, rows: int = 300, **changes):
