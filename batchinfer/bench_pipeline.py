@@ -13,7 +13,7 @@ import numpy as np
 from batchinfer.bench import workload
 from batchinfer.engine.balance import SAMPLED, Costs, deal
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.simulate import Simulated, simulate
 from batchinfer.engine.trace import Span
@@ -119,7 +119,7 @@ def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -
         engine.close()
     return _Run(
         engine.stage.layout.partition,
-        engine.plan.profile,
+        engine.plan.profiles[-1],
         engine.plan.spec.num_layers,
         (counters.prompt_tokens + counters.completion_tokens) / told["seconds"],
         told["bubble"],

@@ -8,9 +8,18 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from batchinfer import deadline, shard, size
 from batchinfer.errors import JobError
@@ -128,12 +137,31 @@ class ModelSection(Section):
         return Path(os.path.abspath(self.path)).name.removesuffix(".gguf")
 
 
-class ProfileSection(Section):
-    """Upper limits an engine is built for. 0 leaves the choice to the build."""
+class RangeSection(Section):
+    """What is least, usual and most. 0 leaves the choice to the build."""
 
-    batch_size: int = Field(0, ge=0, description="sequences that run at once")
-    step_tokens: int = Field(0, ge=0, description="tokens computed in one step, prefill and decode together")
-    seq_len: int = Field(0, ge=0, description="prompt plus completion tokens of one sequence")
+    min: int = Field(0, ge=0)
+    opt: int = Field(0, ge=0)
+    max: int = Field(0, ge=0)
+
+
+# A number is the most: what may be is a limit, what is usual is what the engine is made fast for.
+Range = Annotated[RangeSection, BeforeValidator(lambda value: {"max": value} if type(value) is int else value)]
+
+
+class ProfileSection(Section):
+    """The shapes that an engine is built for."""
+
+    batch_size: Range = Field(RangeSection(), description="sequences that run at once; a number, or { min, opt, max }")
+    step_tokens: Range = Field(RangeSection(), description="tokens of one step, prefill and decode together; likewise")
+    seq_len: Range = Field(RangeSection(), description="prompt plus completion tokens of one sequence; likewise")
+
+
+Profiles = Annotated[
+    tuple[ProfileSection, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, dict) else _as_tuple(value)),
+]
 
 
 class TensorRTSection(Section):
@@ -192,8 +220,16 @@ class EngineSection(Section):
         0.0, ge=0, description="memory for KV pages a rank; 0: chosen from the profile and free memory"
     )
     prefix_sharing: bool = Field(True, description="share KV pages between rows with a common prefix")
-    profile: ProfileSection = ProfileSection()
+    profile: Profiles = Field(
+        (ProfileSection(),), description="several, each [[engine.profile]]: a step takes the narrowest that holds it"
+    )
     tensorrt: TensorRTSection = TensorRTSection()
+
+    @field_serializer("profile")
+    def _as_written(self, profiles: tuple[ProfileSection, ...]) -> Any:
+        """As one section where there is one, so that single keys of it can be overridden."""
+        told = [profile.model_dump() for profile in profiles]
+        return told[0] if len(told) == 1 else told
 
     @model_validator(mode="after")
     def _fits_backend(self) -> EngineSection:
@@ -207,6 +243,8 @@ class EngineSection(Section):
             raise ValueError('isolation = "none" contradicts backend = "tensorrt-llm", which needs its own process')
         if self.kv_cache_gib:
             raise ValueError('kv_cache_gib is not for backend = "tensorrt-llm": use engine.tensorrt.kv_cache_fraction')
+        if len(self.profile) > 1:
+            raise ValueError('profile: backend = "tensorrt-llm" takes one, not several')
         return self
 
 
@@ -347,11 +385,18 @@ class Job(Section):
 
     def build_options(self) -> dict[str, Any]:
         """What the build of a native engine is asked for."""
-        engine = {"device": self.engine.device, "dtype": self.engine.dtype, **self.engine.profile.model_dump()}
+        engine = {"device": self.engine.device, "dtype": self.engine.dtype}
+        engine["profiles"] = [profile.model_dump() for profile in self.engine.profile]
         build = self.build.model_dump(include={"quantization", "group_size", "max_quality_loss", "kv_dtype"})
-        # Rows may be appended while a job is under way: its engine stays the one that it was begun with.
+        return engine | build | {"calibration_key": self.calibration_key()}
+
+    def calibration_key(self) -> str:
+        """Names the prompts that a build calibrates with.
+
+        Rows may be appended while a job is under way: its engine stays the one that it was begun with.
+        """
         asked = [self.input.path, self.prompt.model_dump(mode="json"), self.build.calibration_rows]
-        return engine | build | {"calibration_key": json.dumps(asked, sort_keys=True)}
+        return json.dumps(asked, sort_keys=True)
 
     def changed(self, overrides: Mapping[str, Any]) -> Job:
         """This job with other values for some dotted keys. Raises: JobError as ``load``."""
@@ -388,10 +433,12 @@ def _starter_section(name: str, section: Any, needed: Mapping[str, str]) -> Iter
     nested = []
     for key, about in section.model_fields.items():
         default = needed.get(f"{name}.{key}", about.get_default(call_default_factory=True))
-        if isinstance(default, Section):
+        if isinstance(default, tuple) and default and isinstance(default[0], Section):
+            [default] = default
+        if isinstance(default, Section) and not isinstance(default, RangeSection):
             nested.append((f"{name}.{key}", type(default)))
             continue
-        shown = '"…"' if default is None else json.dumps(default)
+        shown = '"…"' if default is None else json.dumps(0 if isinstance(default, RangeSection) else default)
         line = f"{key} = {shown}" if f"{name}.{key}" in needed else f"# {key} = {shown}"
         yield f"{line:<40}  # {about.description}" if about.description else line
     yield ""
@@ -458,8 +505,13 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the section that ``location`` lies in."""
     model: Any = Job
     for part in location:
-        model = model.model_fields[part].annotation
+        model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """The type itself, or that of the items of a tuple."""
+    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
 
 
 _NEEDED = {"input": "input.path", "prompt": "prompt.template", "model": "model.path", "output": "output.path"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +57,32 @@ def check_engine(job: Job) -> None:
         check(job)
 
 
-def build_engine(job: Job, output: str | None, prompts: Iterable[list[int]] = ()) -> Path:
+def build_engine(job: Job, output: str | None, calibrate: Job | None = None, fit: Job | None = None) -> Path:
     """Make the engine folder that a job runs with; into the cache when no ``output`` is given.
 
     Args:
-        prompts: token ids of the job to calibrate with, read if they are needed.
+        calibrate: the job whose prompts a build calibrates with, if it must.
+        fit: the job for the lengths of whose rows a profile is made.
 
     Raises:
         JobError: there is nothing to build, or it cannot be.
     """
     if job.engine.backend == "echo":
         raise JobError('engine.backend = "echo" has no model: there is nothing to build')
+    from batchinfer.data.calibration import lengths, prompts
+
+    calibration = prompts(calibrate) if calibrate is not None else ()
     if job.engine.backend == "tensorrt-llm":
         from batchinfer.backends.tensorrt_llm.build import build as build_tensorrt
 
-        return build_tensorrt(job, output, prompts).path
+        if fit is not None:
+            raise JobError('--fit is for engine.backend = "native": set engine.profile instead')
+        return build_tensorrt(job, output, calibration).path
     from batchinfer.engine.build import build
 
-    return build(job.model.path, output, calibration=prompts, **job.build_options()).path
+    options = job.build_options() | {"calibration_key": calibrate.calibration_key() if calibrate is not None else ""}
+    fit_to = lengths(fit) if fit is not None else None
+    return build(job.model.path, output, calibration=calibration, fit_to=fit_to, **options).path
 
 
 def _engine(job: Job) -> Any:

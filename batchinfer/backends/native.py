@@ -18,7 +18,7 @@ class NativeBackend:
 
         self.engine = engine
         self.tokenizer_dir = engine.plan.tokenizer_dir
-        self.max_seq_len = engine.plan.profile.seq_len
+        self.max_seq_len = engine.plan.limits.seq_len
         self.fingerprint = describe(engine.plan)
 
     @classmethod

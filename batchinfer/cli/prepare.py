@@ -89,25 +89,50 @@ def plan(
 @click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
 @click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")
 @click.option("--quantization", metavar="SCHEME", help="How weights are kept: none, fp8, int8, gptq …")
+@click.option("--fit", "fitted", metavar="JOB.toml", help="Make a profile for the lengths of this job's rows.")
+@click.option("--calibrate", metavar="JOB.toml", help="Quantise with the prompts of this job; else of the job itself.")
 @set_option
 @verbose_option
 def build(
-    job_file: str | None, model: str | None, output: str | None, quantization: str | None, settings: tuple[str, ...]
+    job_file: str | None,
+    model: str | None,
+    output: str | None,
+    quantization: str | None,
+    fitted: str | None,
+    calibrate: str | None,
+    settings: tuple[str, ...],
 ) -> None:
     """Make an engine: convert a model once, for runs that start fast. `run` does it by itself if need be.
 
-    Without a job file, --set knows the keys of [engine] and [build] alone.
+    The engine is that of JOB.toml; without one it is that of -m, or else of the job that --fit or --calibrate names.
+    Without any job file, --set knows the keys of [engine] and [build] alone.
+
+    \b
+    batchinfer build nightly.toml -o engine/
+    batchinfer build --fit nightly.toml --quantization int8 -o engine/
+    batchinfer build -m MODEL --quantization gptq --calibrate nightly.toml
     """
     from batchinfer.backends import build_engine
-    from batchinfer.data.calibration import prompts
     from batchinfer.job import Job
 
+    if job_file is None and model is None:
+        job_file = fitted or calibrate
     if job_file is None and model is None:
         raise JobError("nothing to build: name a job file, or a model with -m")
     named = {"model.path": model, "build.quantization": quantization}
     chosen = parse_settings(settings) | {key: value for key, value in named.items() if value is not None}
     job = Job.load(job_file, chosen if job_file is not None else _ANY_JOB | chosen)
-    click.echo(str(build_engine(job, output, prompts(job) if job_file is not None else ())))
+
+    def rows_of(file: str | None) -> Job | None:
+        """The job whose rows are looked at, through the tokenizer of the model that is built."""
+        if file is None or file == job_file:
+            return job if file is not None else None
+        return Job.load(file, {"model.path": job.model.path})
+
+    path = build_engine(job, output, calibrate=rows_of(calibrate or job_file), fit=rows_of(fitted))
+    click.echo(str(path))
+    if fitted is not None:
+        click.echo(f"to run with it: batchinfer run {fitted} --set engine.plan={path}", err=True)
 
 
 _ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}

@@ -151,10 +151,12 @@ def longest_sequence(job: Job) -> int:
 
     if job.engine.plan is not None:
         try:
-            return json.loads(Path(job.engine.plan, "plan.json").read_bytes())["profile"]["seq_len"]
+            plan = json.loads(Path(job.engine.plan, "plan.json").read_bytes())
+            return max(profile["seq_len"] for profile in plan.get("profiles") or [plan["profile"]])
         except (OSError, ValueError, KeyError):
             raise JobError(f"engine.plan: no engine at {job.engine.plan}; `batchinfer build` makes one") from None
-    return job.engine.profile.seq_len or min(ModelSource.resolve(job.model.path).max_position(), DEFAULT_SEQ_LEN)
+    asked = [profile.seq_len.max for profile in job.engine.profile]
+    return max(length or min(ModelSource.resolve(job.model.path).max_position(), DEFAULT_SEQ_LEN) for length in asked)
 
 
 def save(found: Estimate, output: str) -> Path | str:

@@ -67,8 +67,8 @@ def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
     """Time a rank's share of one layer, the embedding and the head, at a decode step's shape."""
     model = replace(plan.spec, num_layers=1)
     stage = Stage(plan, 0.0, Shard(model, range(1), tp, tp_rank))
-    decoder, profile = stage.decoder, plan.profile
-    rows, context = min(_ROWS, profile.step_tokens), min(_CONTEXT, profile.seq_len)
+    decoder, limits = stage.decoder, plan.limits
+    rows, context = min(_ROWS, limits.step_tokens), min(_CONTEXT, limits.seq_len)
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(stage.device)
@@ -135,5 +135,5 @@ def keep_costs(plan: EnginePlan, tp: int, threads: int, costs: Costs) -> None:
 
 
 def _file(plan: EnginePlan, tp: int, threads: int) -> Path:
-    key = digest([plan.fingerprint, plan.dtype, asdict(plan.profile), tp, threads])
+    key = digest([plan.fingerprint, plan.dtype, asdict(plan.limits), tp, threads])
     return cache_root() / "costs" / f"{key[:24]}.json"

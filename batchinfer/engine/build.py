@@ -14,20 +14,17 @@ from tqdm import tqdm
 import batchinfer
 from batchinfer import pulse
 from batchinfer.cache import cache_root, digest, make_folder
-from batchinfer.engine.model.source import DEFAULT_SEQ_LEN, ModelSource, code_digest, file_digest
+from batchinfer.engine.model.source import ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert, quantization_of
-from batchinfer.engine.plan import FORMAT, EnginePlan, Profile, device_name
+from batchinfer.engine.plan import FORMAT, EnginePlan, device_name
+from batchinfer.engine.profile import Asked, Profile, Sample, fit, in_order, limits
 from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
 from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.quality import Quality
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError
-
-# What an engine is built for when the job does not say: (sequences, tokens a step). A CPU's caches hold the
-# activations of a few hundred rows; a GPU needs thousands of tokens a step to be busy.
-_DEFAULTS = {"cpu": (128, 512), "cuda": (1024, 8192)}
 
 _CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
 
@@ -41,6 +38,8 @@ def build(
     batch_size: int = 0,
     step_tokens: int = 0,
     seq_len: int = 0,
+    profiles: Sequence[Asked] = (),
+    fit_to: Sample | None = None,
     quantization: str = "auto",
     kv_dtype: str = "auto",
     group_size: int = 0,
@@ -55,7 +54,9 @@ def build(
         model: a Hugging Face folder, a .gguf file or the name of an installed model.
         output: folder to make; it must not exist yet.
         device, dtype: "auto" takes a CUDA GPU if there is one, and bfloat16 where the device multiplies it fast.
-        batch_size, step_tokens, seq_len: limits of the profile, 0 for defaults.
+        batch_size, step_tokens, seq_len: limits of the one profile, 0 for defaults.
+        profiles: instead of those: several, each as [engine.profile] in a job.
+        fit_to: lengths of a job's rows that a profile is made for, beside the widest of those asked for.
         quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
         kv_dtype: of keys and values in their pages, "fp8" (on GPUs) or "auto", which is ``dtype``.
         group_size: weights that share a scale where the scheme has groups, -1 for one scale a row, 0 for a default.
@@ -71,6 +72,7 @@ def build(
     source = ModelSource.resolve(model)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
+    profiles = profiles or [{"batch_size": batch_size, "step_tokens": step_tokens, "seq_len": seq_len}]
     scheme = find_scheme(quantization)
     come = quantization_of(source)
     if come and quantization != "auto":
@@ -80,7 +82,7 @@ def build(
         )
     check_kv_dtype(kv_dtype, device)
     if output is None:
-        asked = [device_name(device), dtype, batch_size, step_tokens, seq_len, kv_dtype]
+        asked = [device_name(device), dtype, profiles, fit_to and asdict(fit_to), kv_dtype]
         if scheme is not None:
             asked += [quantization, group_size, max_quality_loss, calibration_key]
         key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
@@ -91,9 +93,14 @@ def build(
         target = Path(output).expanduser().resolve()
         if target.exists():
             raise ModelError(f"{target} exists already: build into a new folder, or remove it first")
-    spec, eos_token_ids, profile = _read_config(source, device, batch_size, step_tokens, seq_len)
+    spec, eos_token_ids = _read_config(source)
+    made = in_order(Profile.of(asked, device, spec.max_position) for asked in profiles)
+    if fit_to is not None:
+        made = fit(made[-1], fit_to)
     if progress:
         print(f"batchinfer: building the engine of {source.name}, once, into {target}", file=sys.stderr, flush=True)
+        for profile in made:
+            print(f"batchinfer: for {profile}", file=sys.stderr, flush=True)
 
     def fill(folder: Path) -> None:
         (folder / "tokenizer").mkdir()
@@ -102,7 +109,7 @@ def build(
         held = getattr(torch, dtype)
         groups, quantizer = convert(source, spec, held, torch.float32 if scheme else None), None
         if scheme is not None:
-            rows = _calibration_rows(calibration, profile.seq_len)
+            rows = _calibration_rows(calibration, limits(made).seq_len)
             rows = rows or default_rows(Text(folder / "tokenizer"), _CALIBRATION_TOKENS)
             quantizer = Quantizer(scheme, group_size, spec, held, torch.device(device), rows)
             groups = quantizer(groups)
@@ -122,7 +129,7 @@ def build(
             quantization=scheme.name if scheme else come["quant_method"] if come else "none",
             group_size=quantizer.group_size if scheme and scheme.grouped else 0,
             quality=quality and asdict(quality),
-            profile=profile,
+            profiles=made,
             eos_token_ids=eos_token_ids,
             fingerprint={
                 "weights": source.weights_digest(),
@@ -164,8 +171,8 @@ def choose_device(device: str) -> str:
     Raises:
         ModelError: there is no such device, here or at all.
     """
-    if device not in ("auto", *_DEFAULTS):
-        raise ModelError(f"engine.device must be auto, {', '.join(_DEFAULTS)}, got {device!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ModelError(f"engine.device must be auto, cpu, cuda, got {device!r}")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -198,25 +205,12 @@ def check_kv_dtype(kv_dtype: str, device: str) -> None:
         raise ModelError(f'build.kv_dtype = "fp8" is for CUDA devices, this engine is for {device!r}: use "auto"')
 
 
-def _read_config(
-    source: ModelSource, device: str, batch_size: int, step_tokens: int, seq_len: int
-) -> tuple[DecoderSpec, tuple[int, ...], Profile]:
+def _read_config(source: ModelSource) -> tuple[DecoderSpec, tuple[int, ...]]:
+    """What the model is, and the tokens that end its sequences."""
     try:
         config = source.config()
         spec = DecoderSpec.from_config(config)
     except KeyError as error:
         raise ModelError(f"the config of {source.name} in {source.folder} has no {error}") from None
     eos = config.get("eos_token_id")
-    eos_token_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    for name, limit in {"batch_size": batch_size, "step_tokens": step_tokens, "seq_len": seq_len}.items():
-        if limit < 0:
-            raise ModelError(f"engine.profile.{name} must be 0 (a default) or more, got {limit}")
-    if seq_len > spec.max_position:
-        raise ModelError(f"seq_len {seq_len} is more than the {spec.max_position} positions that {source.name} knows")
-    default_batch, default_tokens = _DEFAULTS[device]
-    profile = Profile(
-        batch_size=batch_size or default_batch,
-        step_tokens=max(step_tokens or default_tokens, batch_size or default_batch),
-        seq_len=seq_len or min(spec.max_position, DEFAULT_SEQ_LEN),
-    )
-    return spec, eos_token_ids, profile
+    return spec, () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from batchinfer.engine.build import build
 from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.pipeline import Pipeline
 from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.profile import Profile, Shape, in_order
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
 from batchinfer.engine.stage import Stage, Tokens
 from batchinfer.engine.text import Text
@@ -181,7 +182,7 @@ class Engine:
         self._under_way: deque[tuple[StepBatch, Tokens]] = deque()  # launched, oldest first
         self.pages = PagePool(self.stage.num_pages)
         self.scheduler = Scheduler(
-            self.plan.profile,
+            self.plan.profiles,
             self.pages,
             self.stage.page_size,
             self.plan.eos_token_ids,
@@ -195,21 +196,21 @@ class Engine:
     def _has_room(self) -> bool:
         """No more is pulled than may run at once: the rest stays with the caller."""
         scheduler = self.scheduler
-        return scheduler.num_running + len(scheduler.waiting) < self.plan.profile.batch_size
+        return scheduler.num_running + len(scheduler.waiting) < self.plan.limits.batch_size
 
     def _request(self, index: int, prompt: str | list[int], sampling: SamplingParams) -> Request:
         return Request(index, self.text.encode(prompt) if isinstance(prompt, str) else prompt, sampling)
 
     def _objection(self, token_ids: np.ndarray) -> str | None:
         """Why a prompt cannot be served at all; None when it can."""
-        longest, vocabulary = self.plan.profile.seq_len, self.plan.spec.vocab_size
+        longest, vocabulary = self.plan.limits.seq_len, self.plan.spec.vocab_size
         if not token_ids.size:
             return "the prompt is empty: expected at least one token"
         if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
             return f"the prompt must be a flat list of token ids, got {token_ids.dtype} of shape {token_ids.shape}"
         if len(token_ids) >= longest:
             return (
-                f"the prompt has {len(token_ids)} tokens, the engine's profile takes at most {longest - 1}: "
+                f"the prompt has {len(token_ids)} tokens, the engine's widest profile takes at most {longest - 1}: "
                 "raise engine.profile.seq_len or shorten it"
             )
         low, high = int(token_ids.min()), int(token_ids.max())
@@ -225,7 +226,7 @@ class Engine:
                 owner=entry,
                 token_ids=prompt,
                 prompt_len=len(prompt),
-                limit=min(len(prompt) + sampling.max_tokens, self.plan.profile.seq_len),
+                limit=min(len(prompt) + sampling.max_tokens, self.plan.limits.seq_len),
                 sampling=sampling,
                 index=index,
                 stops=self.text.stop_check(sampling.stop, sampling.stop_token_ids),
@@ -299,11 +300,21 @@ def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePla
         if not (Path(model).expanduser() / "plan.json").is_file():
             return build(str(model), **build_options)
         model = EnginePlan.load(model)
-    names = ("device", "dtype", "quantization", "group_size", "kv_dtype")
-    built = {name: getattr(model, name) for name in names} | asdict(model.profile)
-    for name, value in built.items():
-        if (asked := build_options.get(name, value)) not in ("auto", 0, value):
-            raise ModelError(
-                f"the plan {model.path} was built for {name} {value}, not {asked}: build another, or do not ask"
-            )
+    for difference in _differences(model, build_options):
+        raise ModelError(f"the plan {model.path} was built for {difference}: build another, or do not ask")
     return model
+
+
+def _differences(plan: EnginePlan, asked: dict[str, Any]) -> Iterator[str]:
+    """In words, what is asked for and the plan was not built with."""
+    for name in ("device", "dtype", "quantization", "group_size", "kv_dtype"):
+        value = getattr(plan, name)
+        if asked.get(name, value) not in ("auto", 0, value):
+            yield f"{name} {value}, not {asked[name]}"
+    profiles = asked.get("profiles") or [{f.name: asked.get(f.name, 0) for f in fields(Shape)}]
+    if len(profiles) > 1:
+        wanted = in_order(Profile.of(one, plan.device, plan.spec.max_position) for one in profiles)
+        if wanted != plan.profiles:
+            yield f"{'; '.join(map(str, plan.profiles))}, not {'; '.join(map(str, wanted))}"
+    elif difference := plan.profiles[-1].differs(profiles[0]):  # what a fitted one stands beside
+        yield difference

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchinfer.engine.kernels import AttentionBatch, Kernels
 from batchinfer.engine.kernels.gpu.sampling import argmax
 from batchinfer.engine.model.decoder import Decoder
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Shape
 from batchinfer.engine.scheduler import StepBatch
 
 AHEAD = 1  # steps composed before the last one's tokens are known: one hides the host, more only waste more
@@ -30,26 +30,24 @@ Shapes = dict[str, tuple[int, ...]]
 class GpuSteps:
     """Recorded steps are padded: with sequences past those counted, tokens without a slot, samples of nobody's row."""
 
-    def __init__(
-        self, decoder: Decoder, caches: list[Tensor], kernels: Kernels, profile: Profile, page_size: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, caches: list[Tensor], kernels: Kernels, limits: Shape, page_size: int) -> None:
         self._decoder = decoder
         self._caches = caches
         self._kernels = kernels
-        self._profile = profile
-        rows, device = profile.batch_size, decoder.embedding.device
-        self._table_width = -(-profile.seq_len // page_size)
+        self._limits = limits
+        rows, device = limits.batch_size, decoder.embedding.device
+        self._table_width = -(-limits.seq_len // page_size)
         self._padding = {"slots": -1, "rows": rows, "sampled_rows": rows}
         # By row of the scheduler's table, the token sampled last; the end is where padding samples to.
         self._last = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._logits = decoder.embedding.new_empty(rows, decoder.spec.vocab_size)
-        self._inbox = Inbox(3 * profile.step_tokens + rows * (self._table_width + 6), AHEAD + 1, device)
+        self._inbox = Inbox(3 * limits.step_tokens + rows * (self._table_width + 6), AHEAD + 1, device)
         self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
         self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
         self._launched = 0
         self._pool: tuple[int, int] | None = None
-        self._largest = largest = min(LARGEST, profile.step_tokens)
+        self._largest = largest = min(LARGEST, limits.step_tokens)
         mixed = [*range(128, min(largest, 2048), 128), *range(2048, largest, 256), largest]
         self._mixed = self._record(mixed, PREFILLS)
         self._decodes = self._record(ladder(rows), 0)
@@ -113,7 +111,7 @@ class GpuSteps:
         self._last[rows] = tokens
 
     def _shapes(self, tokens: int, prefills: int) -> Shapes:
-        sequences = min(tokens, self._profile.batch_size)
+        sequences = min(tokens, self._limits.batch_size)
         shapes = dict.fromkeys(("token_ids", "positions", "slots"), (tokens,))
         shapes |= dict.fromkeys(("rows", "context_lens"), (sequences,))
         shapes |= {"page_table": (sequences, self._table_width), "counts": (2,)}
@@ -131,7 +129,7 @@ class GpuSteps:
             views = self._inbox.views(shapes)
             for name, view in views.items():
                 view.fill_(self._padding.get(name, 0))
-            arguments = views, len(views["rows"]), prefills, self._profile.seq_len
+            arguments = views, len(views["rows"]), prefills, self._limits.seq_len
             self._compute(*arguments)  # whatever is compiled or allocated once comes about here
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

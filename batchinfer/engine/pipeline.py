@@ -151,9 +151,9 @@ class Pipeline:
             rank.link.send("partition", partition=self.layout.partition)
 
     def _sizes(self, plan: EnginePlan) -> Sizes:
-        profile, spec = plan.profile, plan.spec
-        hop = profile.step_tokens * spec.hidden_size * torch.float32.itemsize
-        gathered = profile.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
+        limits, spec = plan.limits, plan.spec
+        hop = limits.step_tokens * spec.hidden_size * torch.float32.itemsize
+        gathered = limits.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
         page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
         return Sizes(self.depth + 1, hop, max(hop, gathered), max(PIECE_BYTES, page))
 

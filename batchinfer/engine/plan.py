@@ -2,7 +2,7 @@
 
 ```
 ENGINE/
-  plan.json               spec, dtype, profile, fingerprint
+  plan.json               spec, dtype, profiles, fingerprint
   weights/embed.safetensors  layer-000.safetensors …  head.safetensors
   tokenizer/              tokenizer.json and its relatives
 ```
@@ -22,18 +22,10 @@ from safetensors.torch import load_file
 
 from batchinfer.cache import digest
 from batchinfer.engine.model.spec import DecoderSpec
+from batchinfer.engine.profile import Profile, Shape, limits
 from batchinfer.errors import ModelError
 
-FORMAT = 3
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Upper limits that an engine is built for."""
-
-    batch_size: int  # sequences that run at once
-    step_tokens: int  # tokens of one step, prefill and decode together
-    seq_len: int  # prompt plus completion tokens of one sequence
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class EnginePlan:
     quantization: str
     group_size: int  # weights that share a scale, -1 all of a row; 0 where the scheme has no groups
     quality: dict[str, float] | None  # what quantising did, see quant.quality; None where nothing was quantised
-    profile: Profile
+    profiles: tuple[Profile, ...]  # narrow ones first
     eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
     kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8
@@ -80,7 +72,7 @@ class EnginePlan:
             quantization=value["quantization"],
             group_size=value["group_size"],
             quality=value["quality"],
-            profile=Profile(**value["profile"]),
+            profiles=tuple(map(Profile.from_dict, value["profiles"])),
             eos_token_ids=tuple(value["eos_token_ids"]),
             fingerprint=value["fingerprint"],
             kv_dtype=value["kv_dtype"],
@@ -100,6 +92,11 @@ class EnginePlan:
             return load_file(file)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {file}: {error}; build the plan again") from None
+
+    @property
+    def limits(self) -> Shape:
+        """What some profile allows, each for itself."""
+        return limits(self.profiles)
 
     @property
     def tokenizer_dir(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from batchinfer.engine.kernels.sampling import SamplingBatch
 from batchinfer.engine.kv_cache import PagePool, page_hashes
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Profile, in_order, limits
 from batchinfer.request import SamplingParams
 
 _PREFILL_ROUNDS = 4  # in which what waits for prefill is worked off, where it is throttled
@@ -68,11 +68,12 @@ class StepBatch:
 class Scheduler:
     """Keeps the table of running sequences and composes each step from it.
 
-    A step takes every decoding sequence's next token first, then prefill chunks in order of arrival, up to
-    ``profile.step_tokens``. A waiting sequence is admitted when pages are available for what the running ones and it
-    are expected to need. When that expectation was too low, the newest sequence is preempted: its pages are given up,
-    and it is computed again later, with the same tokens. All state of a row is in arrays, so that a step costs the
-    host a few array operations, however many rows decode.
+    A step takes every decoding sequence's next token first, then prefill chunks in order of arrival, up to the
+    ``step_tokens`` of the profile in force: the narrowest that holds all sequences that run, were they as long as they
+    may become. A waiting sequence is admitted when a profile holds it beside them, and when pages are available for
+    what the running ones and it are expected to need. When that expectation was too low, the newest sequence is
+    preempted: its pages are given up, and it is computed again later, with the same tokens. All state of a row is in
+    arrays, so that a step costs the host a few array operations, however many rows decode.
 
     ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out. With several
     ``micro_batches`` under way in a pipeline, a step takes its share of the decoding rows, whichever are ready, and of
@@ -86,7 +87,7 @@ class Scheduler:
 
     def __init__(
         self,
-        profile: Profile,
+        profiles: Iterable[Profile],
         pages: PagePool,
         page_size: int,
         eos_token_ids: tuple[int, ...],
@@ -94,8 +95,9 @@ class Scheduler:
         micro_batches: int = 1,
         ahead: int = 0,
     ) -> None:
-        rows = profile.batch_size
-        self.profile = profile
+        self.profiles = in_order(profiles)
+        most = limits(self.profiles)
+        rows = most.batch_size
         self.pages = pages
         self.page_size = page_size
         self.share_prefixes = share_prefixes
@@ -107,8 +109,8 @@ class Scheduler:
         self._sequences: list[Sequence | None] = [None] * rows
         self._free_rows = list(range(rows - 1, -1, -1))
         self._running = np.empty(0, np.int64)  # rows, oldest first
-        self._tokens = np.zeros((rows, profile.seq_len), np.int32)
-        self._page_table = np.zeros((rows, -(-profile.seq_len // page_size)), np.int32)
+        self._tokens = np.zeros((rows, most.seq_len), np.int32)
+        self._page_table = np.zeros((rows, -(-most.seq_len // page_size)), np.int32)
         self._held = np.zeros(rows, np.int32)  # pages in the page table
         self._published = np.zeros(rows, np.int32)  # of those, how many are findable by content
         self._length = np.zeros(rows, np.int32)  # tokens known
@@ -134,6 +136,16 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def profile(self) -> Profile:
+        """The one in force."""
+        return self._profile_for(len(self._running), int(self._limit[self._running].max(initial=0)))
+
+    def _profile_for(self, sequences: int, longest: int) -> Profile | None:
+        """The narrowest that holds so many sequences of up to so many tokens, if there is one."""
+        held = (p for p in self.profiles if p.batch_size >= sequences and p.seq_len >= longest)
+        return next(held, None)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits the profile and the page pool."""
         if self.share_prefixes and not sequence.hashes:
@@ -148,9 +160,9 @@ class Scheduler:
         if going_on is None:
             return None
         rows, chunks = going_on
-        room = most_tokens - int(chunks.sum())
+        planned = int(chunks.sum())
         # Whoever had to leave must not come back at once, only to be in the way again.
-        admitted, their_chunks = self._admit(room if self.preemptions == preemptions else 0)
+        admitted, their_chunks = self._admit(planned, most_tokens if self.preemptions == preemptions else 0)
         if admitted:
             rows = np.concatenate([rows, np.array(admitted, np.int64)])
             chunks = np.concatenate([chunks, np.array(their_chunks, np.int32)])
@@ -194,14 +206,15 @@ class Scheduler:
 
         Prefill is throttled as in gLLM (arXiv:2504.14775): its share of all that waits, not all that fits.
         """
+        step_tokens = self.profile.step_tokens
         if self.micro_batches == 1:
-            return len(self._running), self.profile.step_tokens
+            return len(self._running), step_tokens
         todo = self._length[self._running] - self._computed[self._running]
         decoding = -(-np.count_nonzero(todo <= 1) // self.micro_batches)
         prefill = int(todo[todo > 1].sum())
         prefill += sum(len(sequence.token_ids) for sequence in islice(self.waiting, len(self._free_rows)))
-        prefill = max(-(-prefill // (_PREFILL_ROUNDS * self.micro_batches)), self.profile.step_tokens // 16)
-        return max(1, decoding), min(decoding + prefill, self.profile.step_tokens)
+        prefill = max(-(-prefill // (_PREFILL_ROUNDS * self.micro_batches)), step_tokens // 16)
+        return max(1, decoding), min(decoding + prefill, step_tokens)
 
     def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be.
@@ -270,15 +283,21 @@ class Scheduler:
 
     # -- admission and leaving ------------------------------------------------------------------------------------
 
-    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
+    def _admit(self, planned: int, most_tokens: int) -> tuple[list[int], list[int]]:
+        """Rows that begin in a step of ``planned`` tokens, which may have up to ``most_tokens``, and what each gets."""
         rows: list[int] = []
         chunks: list[int] = []
-        if not (self.waiting and budget > 0 and self._free_rows):
+        if not (self.waiting and planned < most_tokens and self._free_rows):
             return rows, chunks
         promised = int((self._expected_pages(self._running) - self._held[self._running]).clip(0).sum())
-        while self.waiting and budget > 0 and self._free_rows:
+        longest = int(self._limit[self._running].max(initial=0))
+        while self.waiting and planned < most_tokens and self._free_rows:
             sequence = self.waiting[0]
             length = len(sequence.token_ids)
+            longest = max(longest, sequence.limit)
+            profile = self._profile_for(self.num_running + 1, longest)
+            if profile is None or planned >= profile.step_tokens:
+                break
             # At least one token must be computed: its logits are wanted.
             shared = self.pages.find(sequence.hashes[: (length - 1) // self.page_size])
             row = self._free_rows[-1]
@@ -291,13 +310,13 @@ class Scheduler:
             self._free_rows.pop()
             self._running = np.append(self._running, row)
             self._share(row, sequence, shared)
-            chunk = min(budget, length - len(shared) * self.page_size)
+            chunk = min(min(most_tokens, profile.step_tokens) - planned, length - len(shared) * self.page_size)
             taken = int(self._pages_for(self._computed[row] + chunk)) - len(shared)
             only = np.array([row])
             self._take_pages(only, np.array([taken]))
             self._advance(only, np.array([chunk], np.int32))
             promised += max(0, expected - taken)
-            budget -= chunk
+            planned += chunk
             rows.append(row)
             chunks.append(chunk)
         return rows, chunks

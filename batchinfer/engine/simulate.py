@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchinfer.engine.kv_cache import PagePool
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
 from batchinfer.request import Request
 
@@ -46,7 +46,7 @@ def simulate(
         hop_seconds: from the end of a stage to the beginning of the next, and from the last to the engine.
     """
     pages = PagePool(profile.batch_size * -(-profile.seq_len // page_size))
-    scheduler = Scheduler(profile, pages, page_size, (), False, micro_batches)
+    scheduler = Scheduler([profile], pages, page_size, (), False, micro_batches)
     source = iter(requests)
     under_way: deque[tuple[StepBatch, float]] = deque()
     now, tokens, steps, pulled = 0.0, 0, 0, True

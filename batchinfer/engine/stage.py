@@ -14,7 +14,8 @@ from batchinfer.engine.kernels.linear.fp8 import E4M3
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
-from batchinfer.engine.plan import EnginePlan, Profile
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.profile import Shape
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory
@@ -22,7 +23,6 @@ from batchinfer.host import available_memory
 Tokens = Callable[[], np.ndarray]  # waits for the tokens of a step, int32 [samples]
 
 _GIB = 2**30
-_USUAL_SEQ_LEN = {"cpu": 512, "cuda": 2**30}  # a host's memory is others' too: pages for sequences as they usually are
 
 
 class Stage:
@@ -50,7 +50,7 @@ class Stage:
         self.ahead = 0  # of those, how many may go on with tokens that nobody but the device knows yet
         self.shard = shard or Shard(plan.spec, range(plan.spec.num_layers))
         self.peers = peers
-        spec, profile = self.shard.spec, plan.profile
+        spec, limits = self.shard.spec, plan.limits
         self.device = torch.device(plan.device)
         dtype = plan.torch_dtype
         self.kernels = select(self.device, dtype)
@@ -70,8 +70,8 @@ class Stage:
             plan.weights,
             self.kernels,
             attention,
-            max_tokens=profile.step_tokens,
-            max_position=profile.seq_len,
+            max_tokens=limits.step_tokens,
+            max_position=limits.seq_len,
             dtype=dtype,
             device=self.device,
             all_reduce=(peers if self.shard.tp > 1 else ALONE).all_reduce,
@@ -85,21 +85,21 @@ class Stage:
             from batchinfer.engine.gpu_steps import AHEAD, GpuSteps
 
             self.depth, self.ahead = AHEAD + 1, AHEAD
-            self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, profile, self.page_size)
+            self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, limits, self.page_size)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
-        profile = plan.profile
-        pages_per_sequence = -(-profile.seq_len // self.page_size)
+        limits = plan.limits
+        pages_per_sequence = -(-limits.seq_len // self.page_size)
         if kv_cache_gib:
             pages = int(kv_cache_gib * _GIB) // page_bytes
         else:
-            usual = -(-min(profile.seq_len, _USUAL_SEQ_LEN[self.device.type]) // self.page_size)
-            wanted = max(pages_per_sequence, profile.batch_size * usual)
-            free = _free_memory(self.device, self.shard.spec, profile) / self.peers.on_this_device
+            wanted = max(p.batch_size * -(-p.opt.seq_len // self.page_size) for p in plan.profiles)
+            wanted = max(wanted, pages_per_sequence)
+            free = _free_memory(self.device, self.shard.spec, limits) / self.peers.on_this_device
             pages = min(int(free) // page_bytes, wanted)
         if pages < pages_per_sequence:
             raise ModelError(
-                f"KV pages for one sequence of {profile.seq_len} tokens take "
+                f"KV pages for one sequence of {limits.seq_len} tokens take "
                 f"{pages_per_sequence * page_bytes / _GIB:.2f} GiB, {pages * page_bytes / _GIB:.2f} GiB are to be had: "
                 "raise engine.kv_cache_gib or lower engine.profile.seq_len"
             )
@@ -157,10 +157,10 @@ class Stage:
         return torch.from_numpy(array).to(self.device)
 
 
-def _free_memory(device: torch.device, spec: DecoderSpec, profile: Profile) -> float:
+def _free_memory(device: torch.device, spec: DecoderSpec, limits: Shape) -> float:
     """Bytes that KV pages may take: a GPU's but for what steps need, a quarter of a host's that others live on."""
     if device.type == "cuda":
         a_token = 8 * spec.hidden_size + 4 * spec.qkv_size + 6 * spec.intermediate_size
-        steps = 2 * a_token * profile.step_tokens + 6 * spec.vocab_size * profile.batch_size
+        steps = 2 * a_token * limits.step_tokens + 6 * spec.vocab_size * limits.batch_size
         return 0.97 * torch.cuda.mem_get_info()[0] - steps - 2**30
     return available_memory() * 0.25

@@ -28,7 +28,8 @@ from triton.testing import do_bench
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.model.spec import DecoderSpec, RopeSpec
-from batchinfer.engine.plan import EnginePlan, Profile
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.profile import Profile
 from batchinfer.engine.quant import fp8
 from batchinfer.request import Request, SamplingParams
 from tests.bench.workloads import WORKLOADS, Workload
@@ -68,7 +69,7 @@ class RandomPlan(EnginePlan):
             quantization="fp8" if quantised else "none",
             group_size=0,
             quality=None,
-            profile=profile,
+            profiles=(profile,),
             eos_token_ids=(2,),
             fingerprint={},
             kv_dtype="fp8" if quantised else "auto",

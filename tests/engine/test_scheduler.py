@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.engine.kv_cache import PagePool, page_hashes
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import Scheduler, Sequence
 from batchinfer.request import SamplingParams
 
@@ -61,6 +61,7 @@ def jobs():
     jobs(),
     st.integers(1, 6),  # batch size
     st.integers(1, 40),  # step tokens beyond the batch size
+    st.booleans(),  # a second profile, of more and shorter sequences
     st.integers(SEQ_LEN // PAGE, 3 * SEQ_LEN // PAGE),  # pages
     st.booleans(),  # share prefixes
     st.floats(0, 0.3),  # how likely a token is EOS
@@ -70,12 +71,14 @@ def jobs():
     st.integers(0, 2**31),
 )
 def test_every_sequence_is_served_and_every_page_returned(
-    job, batch, extra, pages, share, eos, belief, depth, ahead, seed
+    job, batch, extra, short_ones, pages, share, eos, belief, depth, ahead, seed
 ):
     rng = np.random.default_rng(seed)
     prefixes = rng.integers(2, 9, (3, SEQ_LEN))
     pool = PagePool(pages)
-    scheduler = Scheduler(Profile(batch, batch + extra, SEQ_LEN), pool, PAGE, (EOS,), share, depth, ahead)
+    profiles = [Profile(batch, batch + extra, SEQ_LEN)]
+    profiles += [Profile(2 * batch, 2 * batch + extra, SEQ_LEN // 2)] if short_ones else []
+    scheduler = Scheduler(profiles, pool, PAGE, (EOS,), share, depth, ahead)
     scheduler._used_share = belief
     model = FakeModel(pages)
     sequences = []
@@ -97,8 +100,9 @@ def test_every_sequence_is_served_and_every_page_returned(
             assert under_way, "work is left and nothing runs: starvation"
             finished += scheduler.complete(*under_way.popleft())
             continue
-        assert 0 < step.num_tokens <= scheduler.profile.step_tokens
-        assert scheduler.num_running <= batch
+        profile, limits = scheduler.profile, scheduler._limit[scheduler._running]
+        assert 0 < step.num_tokens <= profile.step_tokens
+        assert scheduler.num_running <= profile.batch_size and limits.max(initial=0) <= profile.seq_len
         tokens = model.run(step, eos, rng)
         check_pages(scheduler, pool)
         for row, seen in model.seen.items():
@@ -144,8 +148,22 @@ def sequence(ids, max_tokens=4) -> Sequence:
     return Sequence(None, ids, len(ids), len(ids) + max_tokens, SamplingParams())
 
 
+def test_short_sequences_run_in_greater_number_until_a_long_one_comes():
+    profiles = [Profile(2, 64, SEQ_LEN), Profile(6, 64, 16)]
+    scheduler = Scheduler(profiles, PagePool(64), PAGE, (EOS,), False)
+    for first, prompt in enumerate([4] * 6 + [30] + [4] * 6):
+        scheduler.add(sequence([first + 2] * prompt))
+    running = []
+    while (step := scheduler.schedule()) is not None:
+        running.append((scheduler.num_running, scheduler.profile.seq_len))
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+    assert running[:4] == [(6, 16)] * 4, "the long one waits until two are what runs with it"
+    assert running[4:8] == [(2, SEQ_LEN)] * 4
+    assert (5, 16) in running[8:]
+
+
 def test_sequences_admitted_together_compute_their_common_prefix_once():
-    scheduler = Scheduler(Profile(8, 400, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(8, 400, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
     for tail in range(8):
         scheduler.add(sequence([7] * 21 + [tail]))
     step = scheduler.schedule()
@@ -154,7 +172,7 @@ def test_sequences_admitted_together_compute_their_common_prefix_once():
 
 def test_a_prefix_is_found_again_after_its_rows_have_ended():
     pool = PagePool(64)
-    scheduler = Scheduler(Profile(2, 400, SEQ_LEN), pool, PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(2, 400, SEQ_LEN)], pool, PAGE, (EOS,), True)
     scheduler.add(sequence([7] * 21))
     run_alone(scheduler)
     again = sequence([7] * 21 + [3])
@@ -164,7 +182,7 @@ def test_a_prefix_is_found_again_after_its_rows_have_ended():
 
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_decode():
-    scheduler = Scheduler(Profile(4, 8, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(4, 8, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
     scheduler.add(sequence([2, 3]))
     scheduler.add(sequence(range(2, 40)))
     sizes = []
@@ -176,7 +194,7 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode():
 
 
 def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
-    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
     scheduler.add(sequence([2, 3]))
     first = scheduler.schedule()
     assert scheduler.schedule() is None
@@ -189,7 +207,7 @@ def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
 
 
 def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ended():
-    scheduler = Scheduler(Profile(64, 256, SEQ_LEN), PagePool(64 * 12), PAGE, (EOS,), True, micro_batches=2)
+    scheduler = Scheduler([Profile(64, 256, SEQ_LEN)], PagePool(64 * 12), PAGE, (EOS,), True, micro_batches=2)
     rng = np.random.default_rng(0)
     for tail in range(64):
         scheduler.add(sequence([2, 3, tail % 7], max_tokens=4 + int(rng.integers(0, 30))))
@@ -205,7 +223,7 @@ def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ende
 
 
 def test_prefill_is_spread_over_the_steps_of_a_pipeline():
-    scheduler = Scheduler(Profile(64, 256, SEQ_LEN), PagePool(64 * 12), PAGE, (EOS,), False, micro_batches=2)
+    scheduler = Scheduler([Profile(64, 256, SEQ_LEN)], PagePool(64 * 12), PAGE, (EOS,), False, micro_batches=2)
     for _ in range(16):
         scheduler.add(sequence([2] * 40, max_tokens=1))
     sizes = []
@@ -216,7 +234,7 @@ def test_prefill_is_spread_over_the_steps_of_a_pipeline():
 
 
 def test_a_step_ahead_begins_with_a_token_that_nobody_knows_and_counts_for_nothing_after_the_end():
-    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True, ahead=1)
+    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True, ahead=1)
     scheduler.add(sequence([2, 3]))
     first = scheduler.schedule()
     second = scheduler.schedule()
@@ -233,7 +251,7 @@ def test_a_step_ahead_begins_with_a_token_that_nobody_knows_and_counts_for_nothi
 
 
 def test_no_step_goes_ahead_of_the_last_token_of_a_row_or_of_a_history_that_is_to_be_penalised():
-    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True, ahead=1)
+    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True, ahead=1)
     scheduler.add(sequence([2, 3], max_tokens=1))
     penalised = sequence([2, 4])
     penalised.sampling = SamplingParams(repetition_penalty=1.5)
@@ -243,7 +261,7 @@ def test_no_step_goes_ahead_of_the_last_token_of_a_row_or_of_a_history_that_is_t
 
 
 def test_logits_that_are_not_finite_end_a_row_with_an_error():
-    scheduler = Scheduler(Profile(4, 64, SEQ_LEN), PagePool(64), PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
     scheduler.add(sequence([2, 3]))
     scheduler.add(sequence([2, 4]))
     (failed,) = scheduler.complete(scheduler.schedule(), np.array([-1, 5], np.int32))

@@ -6,7 +6,7 @@ import pytest
 
 from batchinfer.bench import workload
 from batchinfer.bench_pipeline import StepCosts
-from batchinfer.engine.plan import Profile
+from batchinfer.engine.profile import Profile
 from batchinfer.engine.simulate import simulate
 from batchinfer.engine.trace import Span
 from batchinfer.request import Request, SamplingParams

@@ -38,7 +38,8 @@ class Limits:
         Raises:
             ModelError: the sequences asked for are longer than the model knows.
         """
-        asked, most = engine.profile, source.max_position()
+        [profile], most = engine.profile, source.max_position()
+        asked = cls(profile.batch_size.max, profile.step_tokens.max, profile.seq_len.max)
         if asked.seq_len > most:
             raise ModelError(
                 f"engine.profile.seq_len {asked.seq_len} is more than the {most} positions that {source.name} knows"

@@ -94,8 +94,8 @@ class TensorRTPlan:
                 "pp": (self.pp, engine.pp),
                 "kv_dtype": (self.kv_dtype, job.build.kv_dtype),
             }
-        built_for = asdict(self.profile)
-        asked |= {f"profile.{k}": (built_for[k], v or built_for[k]) for k, v in engine.profile.model_dump().items()}
+        for name, built in asdict(self.profile).items():
+            asked[f"profile.{name}"] = built, getattr(engine.profile[0], name).max or built
         for name, (built, wanted) in asked.items():
             if built != wanted:
                 raise ModelError(
