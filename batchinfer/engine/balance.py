@@ -66,7 +66,7 @@ def check_partition(plan: EnginePlan, pp: int, asked: tuple[int, ...]) -> None:
 def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
     """Time a rank's share of one layer, the embedding and the head, at a decode step's shape."""
     model = replace(plan.spec, num_layers=1)
-    stage = Stage(plan, 0.0, Shard(model, range(1), tp, tp_rank))
+    stage = Stage(plan, 0.0, Shard(model, range(1), tp, tp_rank), record=False)
     decoder, limits = stage.decoder, plan.limits
     rows, context = min(_ROWS, limits.step_tokens), min(_CONTEXT, limits.seq_len)
 

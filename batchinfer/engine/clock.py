@@ -11,13 +11,11 @@ import torch
 class HostClock:
     """A CPU's work is done when the call returns."""
 
+    prompt = True  # whether a moment has passed as soon as it is there
+
     def now(self) -> Any:
         """A moment: here, in what the device has been given to do."""
         return time.perf_counter()
-
-    def passed(self, moment: Any) -> bool:
-        """Whether the device has come to it."""
-        return True
 
     def wait(self, moment: Any) -> None:
         """Until the device has come to it."""
@@ -30,6 +28,8 @@ class HostClock:
 class CudaClock(HostClock):
     """A GPU's work is done when it gets to it: moments are events in the current stream."""
 
+    prompt = False
+
     def __init__(self) -> None:
         torch.cuda.synchronize()
         self._zero, self._at = self.now(), time.perf_counter()
@@ -39,9 +39,6 @@ class CudaClock(HostClock):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def passed(self, moment: torch.cuda.Event) -> bool:
-        return moment.query()
 
     def wait(self, moment: torch.cuda.Event) -> None:
         moment.synchronize()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from batchinfer.engine.comm import Peers
 from batchinfer.engine.kernels import AttentionBatch, Kernels
+from batchinfer.engine.kernels.attention import SHARERS, shared_pages
 from batchinfer.engine.kernels.gpu.sampling import argmax
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.profile import Shape
@@ -23,47 +26,52 @@ from batchinfer.engine.scheduler import StepBatch
 AHEAD = 1  # steps composed before the last one's tokens are known: one hides the host, more only waste more
 PREFILLS = 128  # most sequences of a recorded step that have more than a token to compute
 LARGEST = 4096  # tokens of a recorded step
+SHARING = 128  # sequences from which on it pays to look for pages that neighbours share
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class GpuSteps:
-    """Recorded steps are padded: with sequences past those counted, tokens without a slot, samples of nobody's row."""
+    """Recorded steps are padded: with sequences past those counted, tokens without a slot, samples of nobody's row.
 
-    def __init__(self, decoder: Decoder, caches: list[Tensor], kernels: Kernels, limits: Shape, page_size: int) -> None:
+    A rank that holds a part of the model takes and gives the residual stream; sums over its peers are recorded too.
+    """
+
+    def __init__(
+        self, decoder: Decoder, caches: list[Tensor], kernels: Kernels, limits: Shape, page_size: int, peers: Peers
+    ) -> None:
         self._decoder = decoder
         self._caches = caches
         self._kernels = kernels
         self._limits = limits
-        rows, device = limits.batch_size, decoder.embedding.device
+        self._page_size = page_size
+        self._peers = peers
+        shard, rows, device = decoder.shard, limits.batch_size, decoder.cos_sin.device
+        self._whole = shard.first and shard.last and shard.tp == 1
         self._table_width = -(-limits.seq_len // page_size)
         self._padding = {"slots": -1, "rows": rows, "sampled_rows": rows}
-        # By row of the scheduler's table, the token sampled last; the end is where padding samples to.
-        self._last = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._logits = decoder.embedding.new_empty(rows, decoder.spec.vocab_size)
-        self._inbox = Inbox(3 * limits.step_tokens + rows * (self._table_width + 6), AHEAD + 1, device)
-        self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
-        self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
+        self._inbox = Inbox(3 * limits.step_tokens + rows * (self._table_width + 7), AHEAD + 1, device)
+        self._largest = largest = min(LARGEST, limits.step_tokens)
+        if self._whole:  # by row of the scheduler's table, the token sampled last; padding samples to the end
+            self._last = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+            self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
+            self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
+            self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
+        if not shard.first:
+            self._residual = torch.zeros(largest, shard.spec.hidden_size, dtype=torch.float32, device=device)
+        self._logits = None
+        if shard.last:
+            self._logits = torch.empty(rows, len(shard.vocabulary), dtype=decoder.dtype, device=device)
         self._launched = 0
         self._pool: tuple[int, int] | None = None
-        self._largest = largest = min(LARGEST, limits.step_tokens)
         mixed = [*range(128, min(largest, 2048), 128), *range(2048, largest, 256), largest]
         self._mixed = self._record(mixed, PREFILLS)
         self._decodes = self._record(ladder(rows), 0)
 
     def launch(self, step: StepBatch) -> Callable[[], np.ndarray]:
         """Begin a step. The result waits for its tokens, int32 ``[samples]``: to be asked before the next but one."""
-        self._launched += 1
-        samples, prefills = len(step.sampled), len(step.rows) - step.singles
-        if step.num_tokens == len(step.rows) == samples:
-            rows = self._replay(self._decodes, step, 0)
-        elif step.num_tokens <= self._largest and prefills <= PREFILLS:
-            rows = self._replay(self._mixed, step, PREFILLS)
-        else:
-            views = self._inbox.send(_fields(step, mixed=True), None, self._padding, self._launched)
-            self._compute(views, step.singles, prefills, int(step.context_lens.max()))
-            rows = views["sampled_rows"]
+        views, _ = self._run(step, None)
+        samples, rows = len(step.sampled), views.get("sampled_rows", views["rows"])
         if not step.sampling.all_greedy:
             self._keep(self._kernels.sample(self._logits[:samples], step.sampling), rows[:samples])
         reply, replied = (each[self._launched % (AHEAD + 1)] for each in (self._replies, self._replied))
@@ -76,20 +84,50 @@ class GpuSteps:
 
         return tokens
 
-    def _replay(self, graphs: Graphs, step: StepBatch, prefills: int) -> Tensor:
-        """Run the smallest of ``graphs`` that a step fits in; the rows of its samples."""
+    def forward(self, step: StepBatch, inputs: Tensor | None) -> Tensor:
+        """A part of a model: what ``Decoder.forward`` gives. Logits are to be read before the next step.
+
+        Args:
+            inputs: the residual stream; None for the first layers, which begin with the step's tokens.
+        """
+        _, out = self._run(step, inputs)
+        if self._decoder.shard.last:
+            return out[: len(step.sampled)]
+        return out[: step.num_tokens].clone()  # may be on its way to another rank while the next step is computed
+
+    def _run(self, step: StepBatch, inputs: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """What was uploaded, and what the layers gave."""
+        self._launched += 1
+        prefills = len(step.rows) - step.singles
+        if step.num_tokens == len(step.rows) == len(step.sampled):
+            return self._replay(self._decodes, step, 0, inputs)
+        if step.num_tokens <= self._largest and prefills <= PREFILLS:
+            return self._replay(self._mixed, step, PREFILLS, inputs)
+        views = self._inbox.send(self._fields(step), None, self._padding, self._launched)
+        return views, self._compute(views, step.singles, prefills, int(step.context_lens.max()), inputs)
+
+    def _replay(
+        self, graphs: Graphs, step: StepBatch, prefills: int, inputs: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Run the smallest of ``graphs`` that a step fits in."""
         rungs = list(graphs)
         rung = rungs[bisect_left(rungs, step.num_tokens)]
-        shapes = self._shapes(rung, prefills)
-        views = self._inbox.send(_fields(step, mixed=prefills > 0), shapes, self._padding, self._launched)
-        graphs[rung].replay()
-        return views.get("sampled_rows", views["rows"])
+        views = self._inbox.send(self._fields(step), self._shapes(rung, prefills), self._padding, self._launched)
+        if inputs is not None:
+            self._residual[: len(inputs)] = inputs
+        recorded = graphs[rung]
+        recorded.graph.replay()
+        self._peers.sent += recorded.sent
+        return views, recorded.out
 
-    def _compute(self, views: dict[str, Tensor], decodes: int, prefills: int, context: int) -> None:
-        """A step that has at most so many sequences, of at most so much context; its greedy tokens are kept."""
+    def _compute(
+        self, views: dict[str, Tensor], decodes: int, prefills: int, context: int, inputs: Tensor | None
+    ) -> Tensor:
+        """A step that has at most so many sequences, of at most so much context; a whole model's tokens are kept."""
         token_ids, rows = views["token_ids"], views["rows"]
-        decoding = token_ids[: len(rows)]  # among them all that the host does not know
-        decoding.copy_(torch.where(decoding < 0, self._last[rows].clamp_(min=0), decoding))
+        if self._whole:
+            decoding = token_ids[: len(rows)]  # among them all that the host does not know
+            decoding.copy_(torch.where(decoding < 0, self._last[rows].clamp_(min=0), decoding))
         batch = AttentionBatch(
             positions=views["positions"],
             slots=views["slots"],
@@ -101,10 +139,13 @@ class GpuSteps:
             decodes=decodes,
             prefills=prefills,
             counts=views["counts"],
+            shared=views.get("shared"),
         )
-        logits = self._decoder.forward(token_ids, batch, self._caches, views.get("sampled"), self._logits)
-        if len(logits):
-            self._keep(argmax(logits), views.get("sampled_rows", rows))
+        inputs = token_ids if inputs is None else inputs
+        out = self._decoder.forward(inputs, batch, self._caches, views.get("sampled"), self._logits)
+        if self._whole and len(out):
+            self._keep(argmax(out), views.get("sampled_rows", rows))
+        return out
 
     def _keep(self, tokens: Tensor, rows: Tensor) -> None:
         self._tokens[: len(tokens)] = tokens
@@ -115,9 +156,21 @@ class GpuSteps:
         shapes = dict.fromkeys(("token_ids", "positions", "slots"), (tokens,))
         shapes |= dict.fromkeys(("rows", "context_lens"), (sequences,))
         shapes |= {"page_table": (sequences, self._table_width), "counts": (2,)}
+        if sequences >= SHARING:
+            shapes["shared"] = (-(-sequences // SHARERS),)
         if prefills:
             shapes |= dict.fromkeys(("sampled", "sampled_rows"), (sequences,)) | {"query_starts": (sequences + 1,)}
         return shapes
+
+    def _fields(self, step: StepBatch) -> dict[str, np.ndarray]:
+        names = ["token_ids", "positions", "slots", "rows", "context_lens", "page_table"]
+        names += ["sampled", "sampled_rows", "query_starts"]
+        fields = {name: getattr(step, name) for name in names}
+        fields["counts"] = np.array([step.singles, len(step.rows)], np.int32)
+        if step.singles >= SHARING:
+            alone = slice(step.singles)
+            fields["shared"] = shared_pages(step.page_table[alone], step.context_lens[alone], self._page_size)
+        return fields
 
     @torch.inference_mode()
     def _record(self, rungs: list[int], prefills: int) -> Graphs:
@@ -129,20 +182,30 @@ class GpuSteps:
             views = self._inbox.views(shapes)
             for name, view in views.items():
                 view.fill_(self._padding.get(name, 0))
-            arguments = views, len(views["rows"]), prefills, self._limits.seq_len
+            inputs = None if self._decoder.shard.first else self._residual[:tokens]
+            arguments = views, len(views["rows"]), prefills, self._limits.seq_len, inputs
             self._compute(*arguments)  # whatever is compiled or allocated once comes about here
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
+            graph, sent = torch.cuda.CUDAGraph(), self._peers.sent
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool)
-                self._compute(*arguments)
+                # Others of this process's threads, which watch over its peers, may go on asking the card.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                out = self._compute(*arguments)
                 graph.capture_end()
             self._pool = self._pool or graph.pool()
-            graphs[tokens] = graph
+            graphs[tokens] = Recorded(graph, out, self._peers.sent - sent)
+            self._peers.sent = sent
         return dict(reversed(graphs.items()))
 
 
-Graphs = dict[int, torch.cuda.CUDAGraph]  # by their number of tokens
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    graph: torch.cuda.CUDAGraph
+    out: Tensor  # what the layers give, in the same memory every time
+    sent: int  # bytes that go to peers
+
+
+Graphs = dict[int, Recorded]  # by their number of tokens
 
 
 class Inbox:
@@ -153,6 +216,7 @@ class Inbox:
     def __init__(self, size: int, slots: int, device: torch.device) -> None:
         size += 16 * self._ALIGN
         self._outgoing = [torch.zeros(size, dtype=torch.int32, pin_memory=True) for _ in range(slots)]
+        self._gone = [torch.cuda.Event() for _ in range(slots)]
         self._arrived = torch.zeros(size, dtype=torch.int32, device=device)
 
     def send(
@@ -161,21 +225,24 @@ class Inbox:
         """
         Args:
             shapes: where they are larger than the arrays'.
-            padding: what fills an array up to its shape, 0 unless given. Tables are not filled up.
+            padding: what fills an array, there or not, up to its shape, 0 unless given. Tables are not filled up.
             number: of the step; pinned memory is used again after as many steps as there are slots.
         """
-        outgoing = self._outgoing[number % len(self._outgoing)]
+        outgoing, gone = (each[number % len(self._outgoing)] for each in (self._outgoing, self._gone))
+        gone.synchronize()
         memory = outgoing.numpy()
         shapes = shapes or {name: array.shape for name, array in fields.items()}
         end = 0
         for name, (start, end) in self._places(shapes).items():
-            array, target = fields[name], memory[start:end].reshape(shapes[name])
+            target = memory[start:end].reshape(shapes[name])
+            array = fields.get(name, target[:0])
             if array.ndim == 1:
                 target[: len(array)] = array
                 target[len(array) :] = padding.get(name, 0)
             else:
                 target[: len(array), : array.shape[1]] = array
         self._arrived[:end].copy_(outgoing[:end], non_blocking=True)
+        gone.record()
         return self.views(shapes)
 
     def views(self, shapes: Shapes) -> dict[str, Tensor]:
@@ -189,13 +256,6 @@ class Inbox:
             places[name] = start, start + size
             start += -(-size // self._ALIGN) * self._ALIGN
         return places
-
-
-def _fields(step: StepBatch, mixed: bool) -> dict[str, np.ndarray]:
-    names = ["token_ids", "positions", "slots", "rows", "context_lens", "page_table"]
-    names += ["sampled", "sampled_rows", "query_starts"] if mixed else []
-    counts = np.array([step.singles, len(step.rows)], np.int32)
-    return {name: getattr(step, name) for name in names} | {"counts": counts}
 
 
 def ladder(most: int) -> list[int]:

@@ -13,10 +13,15 @@ class Occupancy:
     stage's other ranks within a step counts as computing.
     """
 
-    def __init__(self, ranks: int, depth: int) -> None:
+    def __init__(self, ranks: int, depth: int, before: Occupancy | None = None) -> None:
+        """
+        Args:
+            before: what was counted until now; ranks count the bytes that they send from their start.
+        """
         self._depth = depth
         self._busy = [0.0] * ranks
-        self._bytes = [0] * ranks
+        self._bytes_before = before._bytes if before else [0] * ranks
+        self._bytes = list(self._bytes_before)
         self._steps = self._tokens = self._samples = 0
         self._under_way = 0
         self._since = 0.0  # when the number under way last changed
@@ -53,6 +58,7 @@ class Occupancy:
     def details(self, names: Sequence[str]) -> dict[str, Any]:
         """For a summary. ``names`` are those of the ranks."""
         steps, bubbles = max(1, self._steps), self.bubbles()
+        sent = sum(self._bytes) - sum(self._bytes_before)
         return {
             "bubble": round(sum(bubbles) / len(bubbles), 4),
             "rank_bubbles": {name: round(bubble, 4) for name, bubble in zip(names, bubbles)},
@@ -63,6 +69,6 @@ class Occupancy:
             "slot_occupancy": round(self._slots / self._wall / self._depth, 4) if self._wall else 0.0,
             "step_tokens": round(self._tokens / steps, 1),
             "step_samples": round(self._samples / steps, 1),
-            "bytes_sent": sum(self._bytes),
-            "bytes_sent_per_token": round(sum(self._bytes) / max(1, self._tokens), 1),
+            "bytes_sent": sent,
+            "bytes_sent_per_token": round(sent / max(1, self._tokens), 1),
         }

@@ -265,7 +265,8 @@ class Pipeline:
 
     def forget(self) -> None:
         """Begin to count anew."""
-        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts))
+        before = getattr(self, "occupancy", None)
+        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts), before)
 
     def details(self) -> dict[str, Any]:
         """How busy the ranks are, for a summary."""

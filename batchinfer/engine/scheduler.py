@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from batchinfer.engine.profile import Profile, in_order, limits
 from batchinfer.request import SamplingParams
 
 _PREFILL_ROUNDS = 4  # in which what waits for prefill is worked off, where it is throttled
+_OVERTAKEN = 4  # sequences that came before, for each token that this one may say more than they
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +33,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of the prompt's full pages
     cached_tokens: int | None = None  # prompt tokens that found their pages computed, when first admitted
     finish_reason: str = ""
+    turn: float = 0.0  # among those that wait, the lowest is next
 
     @property
     def completion_ids(self) -> np.ndarray:
@@ -71,9 +74,11 @@ class Scheduler:
     A step takes every decoding sequence's next token first, then prefill chunks in order of arrival, up to the
     ``step_tokens`` of the profile in force: the narrowest that holds all sequences that run, were they as long as they
     may become. A waiting sequence is admitted when a profile holds it beside them, and when pages are available for
-    what the running ones and it are expected to need. When that expectation was too low, the newest sequence is
-    preempted: its pages are given up, and it is computed again later, with the same tokens. All state of a row is in
-    arrays, so that a step costs the host a few array operations, however many rows decode.
+    what the running ones and it are expected to need. The first that was added comes first, but one with more to say
+    overtakes some, since few long ones that are left at the end would leave the machine nearly idle. When too little
+    was expected, the newest sequence is preempted: its pages are given up, and it is computed again later, with the
+    same tokens. All state of a row is in arrays, so that a step costs the host a few array operations, however many
+    rows decode.
 
     ``schedule`` may be called again before ``complete``: rows whose token is awaited are left out. With several
     ``micro_batches`` under way in a pipeline, a step takes its share of the decoding rows, whichever are ready, and of
@@ -105,6 +110,7 @@ class Scheduler:
         self.ahead = ahead
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self._added = 0
         self._eos = np.array(eos_token_ids, np.int32)
         self._sequences: list[Sequence | None] = [None] * rows
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -150,7 +156,9 @@ class Scheduler:
         """Queue a sequence. The caller has checked that it fits the profile and the page pool."""
         if self.share_prefixes and not sequence.hashes:
             sequence.hashes = page_hashes(sequence.token_ids, self.page_size)
-        self.waiting.append(sequence)
+        self._added += 1
+        sequence.turn = self._added - _OVERTAKEN * (sequence.limit - sequence.prompt_len)
+        insort(self.waiting, sequence, key=lambda waiting: waiting.turn)
 
     def schedule(self) -> StepBatch | None:
         """Compose the next step and reserve its pages; None when nothing can run before ``complete``."""
@@ -252,6 +260,7 @@ class Scheduler:
         sequence.token_ids = self._tokens[row, : self._length[row]].copy()
         self._vacate(row)
         self._running = self._running[self._running != row]
+        sequence.turn = float("-inf")
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 

@@ -35,6 +35,7 @@ class Stage:
         shard: Shard | None = None,
         peers: Peers = ALONE,
         agree: Callable[[int], int] = int,
+        record: bool = True,
     ) -> None:
         """
         Args:
@@ -42,6 +43,7 @@ class Stage:
             shard: the part of the model to hold, all of it unless given.
             peers: the ranks that hold the rest.
             agree: takes the pages that this rank has room for, gives those that all ranks have room for.
+            record: make CUDA graphs, where there are any.
 
         Raises:
             ModelError: the memory does not hold one sequence of the profile's length.
@@ -81,11 +83,12 @@ class Stage:
         self.num_pages = agree(self._count_pages(plan, page_bytes, kv_cache_gib))
         self.caches = attention.allocate(spec.num_layers, self.num_pages)
         self._gpu_steps = None
-        if self.device.type == "cuda" and self.shard.first and self.shard.last and self.shard.tp == 1:
+        if self.device.type == "cuda" and record:
             from batchinfer.engine.gpu_steps import AHEAD, GpuSteps
 
-            self.depth, self.ahead = AHEAD + 1, AHEAD
-            self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, limits, self.page_size)
+            if peers is ALONE:
+                self.depth, self.ahead = AHEAD + 1, AHEAD
+            self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, limits, self.page_size, peers)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
         limits = plan.limits
@@ -109,8 +112,7 @@ class Stage:
         """Compute a step, or begin to: keys and values into their pages, and sampled tokens to be asked for."""
         if self._gpu_steps is not None:
             return self._gpu_steps.launch(step)
-        tokens = self.sample(step, self.forward(step, self._tensor(step.token_ids)))
-        return lambda: tokens
+        return self.sample(step, self.forward(step, None))
 
     def details(self) -> dict[str, Any]:
         """Nothing beyond what every engine tells."""
@@ -124,8 +126,11 @@ class Stage:
         """Nothing outlives the process; the memory goes with the object."""
 
     @torch.inference_mode()
-    def forward(self, step: StepBatch, inputs: torch.Tensor) -> torch.Tensor:
-        """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``."""
+    def forward(self, step: StepBatch, inputs: torch.Tensor | None) -> torch.Tensor:
+        """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``, or None for the step's tokens."""
+        if self._gpu_steps is not None:
+            return self._gpu_steps.forward(step, inputs)
+        inputs = self._tensor(step.token_ids) if inputs is None else inputs
         batch = AttentionBatch(
             positions=self._tensor(step.positions),
             slots=self._tensor(step.slots),
@@ -141,11 +146,20 @@ class Stage:
         return self.decoder.forward(inputs, batch, self.caches, self._tensor(step.sampled))
 
     @torch.inference_mode()
-    def sample(self, step: StepBatch, logits: torch.Tensor) -> np.ndarray | None:
-        """The tokens chosen from a step's logits, int32 ``[samples]``; None on all but the first of a stage's ranks."""
+    def sample(self, step: StepBatch, logits: torch.Tensor) -> Tokens | None:
+        """Choose tokens from a step's logits; None on all but the first of a stage's ranks.
+
+        They may be read when the device has come to this point of its work.
+        """
+        if not len(step.sampled):
+            return None if self.shard.tp_rank else lambda: np.empty(0, np.int32)
         if self.shard.tp > 1:
             logits = self.peers.gather(logits, self.shard.vocabulary_shares)
-        return None if logits is None else self.kernels.sample(logits, step.sampling).cpu().numpy()
+        if logits is None:
+            return None
+        chosen = self.kernels.sample(logits, step.sampling)
+        tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=self.device.type == "cuda")
+        return tokens.copy_(chosen, non_blocking=True).numpy
 
     def kv_views(self, layers: range, kv_heads: range) -> list[torch.Tensor]:
         """Of each of the model's ``layers``, its pages of the model's ``kv_heads``: views ``[pages, kv_heads, …]``."""

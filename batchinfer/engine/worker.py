@@ -31,7 +31,7 @@ from batchinfer.engine.layout import Layout, Piece, World
 from batchinfer.engine.link import Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
-from batchinfer.engine.stage import Stage
+from batchinfer.engine.stage import Stage, Tokens
 from batchinfer.engine.transfer import expect_pages, pages_of, send_pages, take_pages
 from batchinfer.errors import BatchInferError
 
@@ -61,11 +61,15 @@ def work(link: Link, arena: int | None, orphaned: Callable[[], None]) -> None:
     except OSError:  # the engine is gone
         orphaned()
     except Exception as error:
-        expected = isinstance(error, BatchInferError)
-        with contextlib.suppress(OSError):
-            link.send("failed", error=type(error).__name__, message=str(error), expected=expected)
-        if not expected:
+        _tell_failure(link, error)
+        if not isinstance(error, BatchInferError):
             raise
+
+
+def _tell_failure(link: Link, error: Exception) -> None:
+    expected = isinstance(error, BatchInferError)
+    with contextlib.suppress(OSError):
+        link.send("failed", error=type(error).__name__, message=str(error), expected=expected)
 
 
 def _listen(link: Link, inbox: Inbox, orphaned: Callable[[], None]) -> None:
@@ -101,7 +105,9 @@ class Worker:
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
         self.hidden_size = plan.spec.hidden_size
         self.clock = CudaClock() if plan.device == "cuda" else HostClock()
-        self.computed: deque[tuple[int, Any, Any, dict[str, Any]]] = deque()  # and not told yet
+        self.computed: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # and not told yet
+        if not self.clock.prompt:
+            threading.Thread(target=self._tell_all, daemon=True).start()
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
@@ -120,7 +126,10 @@ class Worker:
 
     def _measure(self, plan: EnginePlan) -> tuple[int, ...]:
         """Tell what layers, embedding and head cost here; learn who gets which."""
-        self.link.send("costs", **asdict(measure(plan, self.layout.tp, self.layout.share(self.rank))))
+        costs = measure(plan, self.layout.tp, self.layout.share(self.rank))
+        if plan.device == "cuda":
+            torch.cuda.empty_cache()  # of it the stage is to have all
+        self.link.send("costs", **asdict(costs))
         return tuple(self.inbox.get().fields["partition"])
 
     def _agree(self, pages: int) -> int:
@@ -136,27 +145,34 @@ class Worker:
                 self._compute(step_of(message.fields), message.fields["number"])
 
     def _compute(self, step: StepBatch, number: int) -> None:
-        if self.stage.shard.first:
-            inputs = torch.from_numpy(step.token_ids).to(self.stage.device)
-        else:
-            inputs = self.peers.receive(self.before)
+        inputs = None if self.stage.shard.first else self.peers.receive(self.before)
         begun = self.clock.now()
         out = self.stage.forward(step, inputs)
-        tokens = {}
-        if not self.stage.shard.last:
+        tokens = None
+        if self.stage.shard.last:
+            tokens = self.stage.sample(step, out)
+        else:
             self.peers.send(self.after, out)
-        elif (chosen := self.stage.sample(step, out)) is not None:
-            tokens = {"tokens": chosen}
-        about = dict(sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled), **tokens)
-        self.computed.append((number, begun, self.clock.now(), about))
-        if tokens:  # somebody waits for them, and it may be long before there is another step to tell them with
-            self.clock.wait(self.computed[-1][2])
-        while self.computed and self.clock.passed(self.computed[0][2]):
-            number, begun, ended, about = self.computed.popleft()
-            times = dict(begun=self.clock.seconds(begun), ended=self.clock.seconds(ended))
-            self.link.send("done", step=number, **times, **about)
+        about = dict(sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled))
+        done = number, begun, self.clock.now(), tokens, about
+        self._tell(*done) if self.clock.prompt else self.computed.put(done)
         if self.outgoing:
             send_pages(self.stage, self.peers, self.outgoing, pages_of(step, self.stage.page_size))
+
+    def _tell(self, number: int, begun: Any, ended: Any, tokens: Tokens | None, about: dict[str, Any]) -> None:
+        self.clock.wait(ended)
+        if tokens is not None:
+            about["tokens"] = tokens()
+        times = dict(begun=self.clock.seconds(begun), ended=self.clock.seconds(ended))
+        self.link.send("done", step=number, **times, **about)
+
+    def _tell_all(self) -> None:
+        """Tell of each step as soon as the device is done with it, while it is given the next ones."""
+        try:
+            while True:
+                self._tell(*self.computed.get())
+        except Exception as error:
+            _tell_failure(self.link, error)
 
     def _messages(self) -> Iterator[Message]:
         """Each when its turn comes; what it needs of other ranks is expected as soon as it is known."""

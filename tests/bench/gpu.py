@@ -2,7 +2,7 @@
 
 ``python -m tests.bench.gpu [--models 8b 1b] [--modes fp8 bf16] [--workloads chat extract uniform] [--seconds 540]``
 
-Weights are random and seeded, made on the card in the shapes of Llama 3.1 8B and Llama 3.2 1B; ``fp8`` is W8A8 with
+Weights are random and seeded, in the shapes of Llama 3.1 8B and Llama 3.2 1B, from a plan on disk; ``fp8`` is W8A8 with
 FP8 keys and values. Output is greedy, of fixed lengths. The floor of a workload is the time of its matrix products at
 the rate measured here plus that of reading its keys and values at the rate of a copy.
 """
@@ -23,83 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
-from triton.testing import do_bench
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.model.spec import DecoderSpec, RopeSpec
-from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.quant import fp8
 from batchinfer.request import Request, SamplingParams
+from tests.bench.random_plan import SHAPES, make_plan
 from tests.bench.workloads import WORKLOADS, Workload
-
-COMMON = dict(
-    family="llama",
-    vocab_size=128256,
-    num_heads=32,
-    num_kv_heads=8,
-    rms_norm_eps=1e-5,
-    max_position=8192,
-    rope=RopeSpec(theta=500000.0),
-)
-MODELS = {
-    "8b": DecoderSpec(
-        hidden_size=4096, intermediate_size=14336, num_layers=32, head_dim=128, tied_head=False, **COMMON
-    ),
-    "1b": DecoderSpec(hidden_size=2048, intermediate_size=8192, num_layers=16, head_dim=64, tied_head=True, **COMMON),
-}
-
-
-class RandomPlan(EnginePlan):
-    """A plan whose weights are drawn on the card whenever they are asked for."""
-
-    @classmethod
-    def of(cls, folder: Path, model: str, mode: str, profile: Profile) -> RandomPlan:
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        words = {f"w{i}": i for i in range(MODELS[model].vocab_size)}
-        Tokenizer(models.WordLevel(words, "w0")).save(str(folder / "tokenizer" / "tokenizer.json"))
-        quantised = mode == "fp8"
-        return cls(
-            path=folder,
-            model=model,
-            spec=MODELS[model],
-            device="cuda",
-            dtype="bfloat16",
-            quantization="fp8" if quantised else "none",
-            group_size=0,
-            quality=None,
-            profiles=(profile,),
-            eos_token_ids=(2,),
-            fingerprint={},
-            kv_dtype="fp8" if quantised else "auto",
-        )
-
-    def weights(self, group: str) -> dict[str, torch.Tensor]:
-        spec, hidden = self.spec, self.spec.hidden_size
-        generator = torch.Generator("cuda").manual_seed(sum(group.encode()) + 1000 * len(group))
-
-        def draw(*shape: int) -> torch.Tensor:
-            scale = shape[-1] ** -0.5
-            return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(scale)
-
-        if group == "embed":
-            return {"weight": draw(spec.vocab_size, hidden)}
-        if group == "head":
-            norm = {"norm.weight": torch.ones(hidden, device="cuda")}
-            return norm if spec.tied_head else norm | {"weight": draw(spec.vocab_size, hidden)}
-        made = {f"{norm}.weight": torch.ones(hidden, device="cuda") for norm in ("attn_norm", "mlp_norm")}
-        shapes = {
-            "qkv": (spec.qkv_size, hidden),
-            "o": (hidden, spec.num_heads * spec.head_dim),
-            "gate_up": (2 * spec.intermediate_size, hidden),
-            "down": (hidden, spec.intermediate_size),
-        }
-        for name, shape in shapes.items():
-            weight = draw(*shape)
-            form = {"weight": weight} if self.quantization == "none" else fp8.quantize(weight)
-            made |= {f"{name}.{part}": tensor for part, tensor in form.items()}
-        return made
 
 
 @dataclass(frozen=True)
@@ -143,12 +73,16 @@ class Ceilings:
 
 
 def _seconds(work) -> float:
+    from triton.testing import do_bench
+
     return do_bench(work, warmup=50, rep=200, return_mode="median") / 1e3
 
 
 def open_engine(model: str, mode: str, batch: int, folder: Path) -> Engine:
+    make_plan(folder, model, mode, Profile(batch, 8192, 4096))
+    torch.cuda.empty_cache()
     started = time.perf_counter()
-    engine = Engine(RandomPlan.of(folder, model, mode, Profile(batch, 8192, 4096)))
+    engine = Engine(folder)
     torch.cuda.synchronize()
     print(f"# {model} {mode}: opened in {time.perf_counter() - started:.1f} s, {engine.stage.num_pages} pages of "
           f"{engine.stage.page_size}, {torch.cuda.memory_allocated() / 2**30:.1f} GiB", flush=True)  # fmt: skip
@@ -193,13 +127,19 @@ def ours(model: str, mode: str, names: list[str], batch: int, ceilings: Ceilings
     return results
 
 
-def vllm(model: str, mode: str, names: list[str], seconds: float) -> dict[str, float]:
+def vllm(
+    model: str, mode: str, names: list[str], seconds: float, tp: int = 1, pp: int = 1, requests: int = 0
+) -> dict[str, float]:
     """Output tokens a second by workload, of those that it finished within ``seconds``; each is printed at once."""
     if importlib.util.find_spec("vllm") is None or seconds <= 0:
         return {}
     command = [sys.executable, "-m", "tests.bench.gpu_vllm", model, mode, *names]
+    command += ["--tp", str(tp), "--pp", str(pp), "--requests", str(requests)]
     results = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
         watch = threading.Timer(seconds, process.terminate)
         watch.start()
         for line in process.stdout:
@@ -207,12 +147,15 @@ def vllm(model: str, mode: str, names: list[str], seconds: float) -> dict[str, f
                 results |= json.loads(line)
                 print(f"vllm {model} {mode}: {line.strip()}", flush=True)
         watch.cancel()
+        if process.wait():
+            said.seek(0)
+            print(f"vllm {model} {mode} ended with {process.returncode}: {said.read()[-1500:]}", flush=True)
     return results
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--models", nargs="+", default=["8b", "1b"], choices=MODELS)
+    options.add_argument("--models", nargs="+", default=["8b", "1b"], choices=SHAPES)
     options.add_argument("--modes", nargs="+", default=["fp8", "bf16"], choices=["fp8", "bf16"])
     options.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
     options.add_argument("--batch", type=int, default=2048)

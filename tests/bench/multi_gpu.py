@@ -1,123 +1,282 @@
-"""Pipeline and tensor parallelism between GPUs, in one command: ``python -m tests.bench.multi_gpu``.
+"""The native engine over several GPUs, in one command: ``python -m tests.bench.multi_gpu [--seconds 560]``.
 
-For every layout that this machine's GPUs allow: whether it gives the tokens of one GPU in float32, and its speed in
-bfloat16 beside one GPU's, with random weights of a Llama of about a billion parameters. Prints a JSON line a layout.
+For every layout that this machine's GPUs allow: whether it gives the tokens of one GPU on a small model in float32;
+output tokens a second in the shapes of Llama 3.1 8B and 70B (FP8, random weights) beside those of one GPU, of vLLM
+where that is importable, and of what the simulator expects from the steps of one GPU; bubbles, stage times, and what
+went over the links beside what they could carry. ``--device cpu`` tries the command itself, with a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
+import multiprocessing
+import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from batchinfer import Engine, SamplingParams
-from batchinfer.bench import workload
+from batchinfer import Engine, Request, SamplingParams
+from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.profile import Profile
+from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.simulate import simulate
+from tests.bench import links
+from tests.bench.gpu import vllm
+from tests.bench.random_plan import make_plan
+from tests.bench.workloads import WORKLOADS, Workload
 from tests.engine.test_families import prompts
 from tests.engine.tiny import make_model
 
-# tp, pp, and tp and pp of further ranks for prompts
+ROWS = 2048  # at once, of each stage's GPU: with more stages there is room for the keys and values of more
+# Multicast over NVLink can put a host's GPUs out of service.
+QUIET = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1", NVSHMEM_DISABLE_NVLS="1")
+
+
+class Layout(NamedTuple):
+    tp: int
+    pp: int
+    prefill: tuple[int, int] | None = None  # tp and pp of further ranks for prompts
+    micro_batches: int = 0
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp + (self.prefill[0] * self.prefill[1] if self.prefill else 0)
+
+    def __str__(self) -> str:
+        parts = [f"tp{self.tp} pp{self.pp}"]
+        parts += [f"prefill tp{self.prefill[0]} pp{self.prefill[1]}"] if self.prefill else []
+        parts += [f"{self.micro_batches} micro-batches"] if self.micro_batches else []
+        return ", ".join(parts)
+
+
+ONE = Layout(1, 1)
 LAYOUTS = [
-    (1, 2, None),
-    (2, 1, None),
-    (1, 1, (1, 1)),
-    (2, 2, None),
-    (1, 4, None),
-    (4, 1, None),
-    (1, 2, (2, 1)),
-    (8, 1, None),
-]
-SHAPE = dict(
-    vocab_size=32_000,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=4096,
-)
+    Layout(1, 2, None, 4), Layout(1, 2), Layout(2, 1), Layout(1, 1, (1, 1)),
+    Layout(1, 4, None, 8), Layout(2, 2, None, 4), Layout(4, 1), Layout(1, 2, (2, 1)),
+    Layout(1, 8, None, 16), Layout(2, 4, None, 8), Layout(8, 1), Layout(1, 4, (2, 2)),
+]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    asked = _options()
+    os.environ |= QUIET
+    ends = time.monotonic() + asked.seconds
+    layouts = [layout for layout in LAYOUTS if 1 < layout.gpus <= asked.gpus]
+    if asked.layouts:
+        layouts = [layout for layout in layouts if str(layout) in asked.layouts]
+    if not layouts:
+        raise SystemExit(f"two GPUs are needed, {asked.gpus} are here; layouts: {', '.join(map(str, LAYOUTS))}")
+
+    def left() -> float:
+        return ends - time.monotonic()
+
+    speeds = _apart(links.measure, min(90, left()), asked.gpus) if asked.device == "cuda" else None
+    _tell(kind="links", **(speeds or {}))
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in layouts:
+            if layout.tp <= 6 and layout.pp <= 3 and layout.micro_batches in (0, layout.pp):  # the tiny model's heads
+                same = _apart(_same_tokens, min(90, left()), Path(folder, "small"), layout, asked.device)
+                _tell(kind="tokens", layout=str(layout), same_as_one=same)
+        for shape in asked.models:
+            plan = make_plan(Path(folder, shape), shape, asked.mode, _profile(ROWS), asked.device)
+            torch.cuda.empty_cache() if asked.device == "cuda" else None
+            _compare(plan, layouts, asked, speeds or {}, left)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="how many to use")
-    parser.add_argument("--requests", type=int, default=2048)
+    parser.add_argument("--models", nargs="+", help="8b, 70b or tiny")
+    parser.add_argument("--mode", default="fp8", choices=["fp8", "bf16"])
+    parser.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
+    parser.add_argument("--requests", type=int, default=2000, help="of each workload, of 70B an eighth")
+    parser.add_argument("--layouts", nargs="+", help="those of this name alone")
+    parser.add_argument("--seconds", type=float, default=560, help="that all of it may take")
     parser.add_argument("--device", default="cuda", help="cpu tries the command itself")
     asked = parser.parse_args()
-    layouts = [(tp, pp, prefill) for tp, pp, prefill in LAYOUTS if tp * pp + _size(prefill) <= asked.gpus]
-    if not layouts:
-        raise SystemExit(f"two GPUs are needed, {asked.gpus} are here")
-    with tempfile.TemporaryDirectory() as folder:
-        same = _same_tokens(Path(folder, "tiny"), layouts, asked.device)
-        model = _make_model(Path(folder, "billion"), small=asked.device == "cpu")
-        for layout in [(1, 1, None), *layouts]:
-            print(json.dumps(_speed(model, layout, asked) | {"same_tokens_fp32": same.get(layout)}), flush=True)
+    asked.models = asked.models or (["8b", "70b"] if asked.device == "cuda" else ["tiny"])
+    return asked
 
 
-def _size(prefill: tuple[int, int] | None) -> int:
-    return prefill[0] * prefill[1] if prefill else 0
+def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, left: Callable[[], float]) -> None:
+    """Every layout on every workload, the first on one GPU where the model fits it."""
+    shape = plan.model.split("-")[0]
+    count = asked.requests // 8 if shape == "70b" else asked.requests
+    jobs = {name: WORKLOADS[name](count) for name in asked.workloads}
+    alone: dict[str, Any] = {}
+    for layout in layouts if shape == "70b" else [ONE, *layouts]:
+        told = _apart(_speeds, left(), plan, layout, jobs)
+        if told is None:
+            _tell(kind="speed", model=plan.model, layout=str(layout), error="failed, hung or out of time")
+            continue
+        for name, run in told.items():
+            steps = run.pop("steps_of_one", None)
+            if steps:
+                alone[name] = run | {"model": _fit(steps)}
+            if name in alone and layout.gpus > 1:
+                run["over_one"] = round(run["output_tok_s"] / alone[name]["output_tok_s"], 3)
+                if not layout.prefill:
+                    run["expected"] = _expect(plan, layout, jobs[name], alone[name], speeds)
+            if speeds and layout.gpus > 1:
+                run["link_share"] = round(run["bytes_sent"] / run["seconds"] / layout.gpus / speeds["send"], 4)
+            _tell(kind="speed", model=plan.model, layout=str(layout), workload=name, **run)
+    if importlib.util.find_spec("vllm") is not None:
+        for tp, pp in ((asked.gpus, 1), (1, asked.gpus)):
+            for name, rate in vllm(shape, asked.mode, list(jobs), left() / 2, tp, pp, count).items():
+                _tell(kind="vllm", model=plan.model, tp=tp, pp=pp, workload=name, output_tok_s=rate)
 
 
-def _same_tokens(folder: Path, layouts: list, device: str) -> dict[Any, bool]:
+def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> dict[str, dict[str, Any]]:
+    tp, pp, prefill, micro_batches = layout
+    plan = _with_rows(plan, ROWS * pp)
+    options = dict(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches)
+    begun, found = time.perf_counter(), {}
+    with contextlib.closing(Engine(plan, **options)) as engine:
+        opened = time.perf_counter() - begun
+        _run(engine, next(iter(jobs.values()))[:64])  # whatever is compiled on first use
+        for name, job in jobs.items():
+            found[name] = _run(engine, job) | {"open_seconds": round(opened, 1)}
+    return found
+
+
+def _profile(rows: int) -> Profile:
+    return Profile(rows, 8192, 4096)
+
+
+def _with_rows(plan: EnginePlan, rows: int) -> EnginePlan:
+    folder = plan.path.with_name(f"{plan.path.name}-{rows}-{os.getpid()}")
+    folder.mkdir()
+    for part in ("weights", "tokenizer"):
+        (folder / part).symlink_to(plan.path / part)
+    plan = replace(plan, path=folder, profiles=(_profile(rows),))
+    plan.save()
+    return plan
+
+
+def _run(engine: Engine, job: Workload) -> dict[str, Any]:
+    engine.pages.forget_idle()
+    ranks = bool(engine.stage.details())
+    if ranks:
+        engine.stage.forget()
+    before = engine.counters.copy()
+    with _timed_steps(engine) as steps:
+        begun = time.perf_counter()
+        made = sum(len(completion.outputs[0].token_ids) for completion in engine.generate(_requests(job)))
+        seconds = time.perf_counter() - begun
+    assert made == sum(output for _, output in job)
+    counted, told = engine.counters.minus(before), engine.stage.details()
+    names = ("partition", "bubble", "rank_bubbles", "rank_step_ms", "slot_occupancy", "bytes_sent", "step_tokens")
+    return {
+        "output_tok_s": round(made / seconds),
+        "seconds": round(seconds, 2),
+        "steps": counted.steps,
+        "schedule_seconds": round(counted.schedule_seconds, 2),
+        **{name: told[name] for name in names if name in told},
+        **({} if ranks else {"steps_of_one": steps}),
+    }
+
+
+def _requests(job: Workload) -> list[Request]:
+    return [Request(i, p, SamplingParams(max_tokens=o, ignore_eos=True)) for i, (p, o) in enumerate(job)]
+
+
+@contextlib.contextmanager
+def _timed_steps(engine: Engine) -> Iterator[list[tuple[float, float, float]]]:
+    """Of each step its tokens, the keys that its decodes read, and when its tokens came."""
+    launch, steps = engine.stage.launch, []
+
+    def timed(step: StepBatch) -> Callable[[], np.ndarray]:
+        tokens, about = launch(step), _about(step)
+
+        def wait() -> np.ndarray:
+            sampled = tokens()
+            steps.append((*about, time.perf_counter()))
+            return sampled
+
+        return wait
+
+    engine.stage.launch = timed
+    try:
+        yield steps
+    finally:
+        engine.stage.launch = launch
+
+
+def _about(step: StepBatch) -> tuple[float, float]:
+    return float(step.num_tokens), float(step.context_lens[: step.singles].sum())
+
+
+def _fit(steps: list[tuple[float, float, float]]) -> list[float]:
+    """Seconds of a step of one GPU: those that every step takes, and those of a token and of a key read."""
+    tokens, keys, ends = np.array(steps).T
+    rows = np.stack([np.ones(len(tokens) - 1), tokens[1:], keys[1:]], 1)
+    return np.linalg.lstsq(rows, np.diff(ends), rcond=None)[0].clip(0).tolist()
+
+
+def _expect(plan: EnginePlan, layout: Layout, job: Workload, alone: dict[str, Any], speeds: dict) -> dict[str, float]:
+    """What the simulator makes of the steps of one GPU, dealt evenly to all."""
+    spec, (fixed, token, key) = plan.spec, alone["model"]
+    reduced = 2 * spec.num_layers / layout.pp * spec.hidden_size * 2 * (layout.tp > 1) / speeds.get("all_reduce", 1e12)
+
+    def stages(step: StepBatch) -> list[float]:
+        tokens, keys = _about(step)
+        return [(fixed + tokens * token + keys * key) / layout.gpus + tokens * reduced] * layout.pp
+
+    profile = _profile(ROWS * layout.pp)
+    simulated = simulate(
+        _requests(job), profile, stages, layout.micro_batches or layout.pp, page_size=64,
+        engine_seconds=alone["schedule_seconds"] / alone["steps"], hop_seconds=1e-4,
+    )  # fmt: skip
+    made = sum(output for _, output in job)
+    return {"output_tok_s": round(made / simulated.seconds), "bubble": round(simulated.bubble, 4)}
+
+
+def _same_tokens(folder: Path, layout: Layout, device: str) -> bool:
+    """Whether a layout says what one GPU says."""
     model = str(make_model(folder, "llama"))
     options = dict(dtype="float32", device=device, batch_size=16, step_tokens=128, progress=False)
+    tp, pp, prefill, micro_batches = layout
 
-    def said(engine: Engine) -> dict:
-        with contextlib.closing(engine):
+    def said(**how: Any) -> dict:
+        with contextlib.closing(Engine(model, **how, **options)) as engine:
             return {c.key: c.outputs for c in engine.generate(prompts(32), SamplingParams(max_tokens=32))}
 
-    expected = said(Engine(model, **options))
-    fits = [layout for layout in layouts if layout[0] <= 6 and layout[1] <= 3]  # heads and layers of the tiny model
-    return {
-        (tp, pp, prefill): said(Engine(model, tp=tp, pp=pp, prefill=prefill, **options)) == expected
-        for tp, pp, prefill in fits
-    }
+    return said(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches) == said()
 
 
-def _make_model(folder: Path, small: bool) -> str:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def _apart(work: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+    """What ``work`` returns, in a process of its own; None if it fails, or takes longer and has to be killed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, work, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(max(1.0, seconds)) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
 
-    from tests.engine.tiny import make_tokenizer
 
-    torch.manual_seed(0)
-    shape = SHAPE | (dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4) if small else {})
-    AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+def _answer(connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
+    connection.send(work(*arguments))
 
 
-def _speed(model: str, layout: tuple, asked: argparse.Namespace) -> dict[str, Any]:
-    tp, pp, prefill = layout
-    options = dict(dtype="bfloat16", device=asked.device, seq_len=1024, progress=False)
-    jobs = workload(asked.requests, vocabulary=SHAPE["vocab_size"])
-    begun = time.perf_counter()
-    with contextlib.closing(Engine(model, tp=tp, pp=pp, prefill=prefill, **options)) as engine:
-        list(engine.generate(jobs[:64]))
-        opened = time.perf_counter() - begun
-        engine.pages.forget_idle()
-        if engine.stage.details():
-            engine.stage.forget()
-        before, begun = engine.counters.copy(), time.perf_counter()
-        failed = [c.error for c in engine.generate(jobs) if c.error]
-        seconds = time.perf_counter() - begun
-        done, told = engine.counters.minus(before), engine.stage.details()
-    assert not failed, failed[0]
-    return {
-        "tp": tp,
-        "pp": pp,
-        "prefill": prefill,
-        "tok_s": round((done.prompt_tokens + done.completion_tokens) / seconds),
-        "open_seconds": round(opened, 1),
-        **{
-            name: told[name] for name in ("partition", "bubble", "rank_step_ms", "bytes_sent_per_token") if name in told
-        },
-    }
+def _tell(**about: Any) -> None:
+    print(json.dumps(about), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

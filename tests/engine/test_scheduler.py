@@ -87,7 +87,7 @@ def test_every_sequence_is_served_and_every_page_returned(
         limit = min(length + max_tokens, SEQ_LEN)
         sequences.append(Sequence(i, ids, length, limit, SamplingParams(ignore_eos=ignore_eos)))
         scheduler.add(sequences[-1])
-    prompts = {s.owner: s.token_ids for s in sequences}
+    prompts, turns = {s.owner: s.token_ids for s in sequences}, {s.owner: s.turn for s in sequences}
 
     finished: list[Sequence] = []
     admitted: list[int] = []
@@ -112,7 +112,7 @@ def test_every_sequence_is_served_and_every_page_returned(
         admitted += [owner for owner in owners if owner not in admitted]
         under_way.append((step, tokens))
     assert sorted(s.owner for s in finished) == list(range(len(job)))
-    assert admitted == sorted(admitted), "a later sequence ran before an earlier one"
+    assert admitted == sorted(admitted, key=turns.get), "a sequence ran before its turn"
     assert pool.held == 0 and not pool.references.any()
     for s in finished:
         assert s.token_ids[: s.prompt_len].tolist() == prompts[s.owner].tolist()
@@ -191,6 +191,16 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode():
         sizes.append((step.num_tokens, len(step.sampled)))
         scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
     assert sizes == [(8, 1)] * 4
+
+
+def test_a_sequence_with_more_to_say_overtakes_some_that_came_before_but_not_all():
+    scheduler = Scheduler([Profile(1, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
+    for number in range(100):
+        scheduler.add(sequence([2 + number % 5], max_tokens=10))
+    scheduler.add(sequence([8], max_tokens=20))
+    served = [scheduler.waiting[place].token_ids[0] for place in range(101)]
+    assert 40 <= served.index(8) <= 80
+    assert [token for token in served if token != 8] == [2 + number % 5 for number in range(100)]
 
 
 def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+SHARERS = 32  # neighbours in a batch whose pages are compared, see ``shared_pages``
 GATHER_BYTES = 64 * 2**20  # of keys and values that the reference holds in float32 at a time
 
 
@@ -34,6 +36,26 @@ class AttentionBatch:
     decodes: int = 0
     prefills: int = 0
     counts: Tensor | None = None
+    shared: Tensor | None = None  # what ``shared_pages`` found, for kernels that read such pages once for all
+
+
+def shared_pages(page_table: np.ndarray, context_lens: np.ndarray, page_size: int) -> np.ndarray:
+    """How many pages the sequences begin with alike, of each SHARERS neighbours: int32 ``[ceil(sequences / SHARERS)]``.
+
+    Only pages that all of them see as a whole count, and 0 is said where they are too few to gain anything.
+    """
+    groups = -(-len(page_table) // SHARERS)
+    found = np.zeros(groups, np.int32)
+    first = np.arange(groups) * SHARERS
+    leaders = np.repeat(page_table[first, 0], SHARERS)[: len(page_table)]
+    alike = np.logical_and.reduceat(page_table[:, 0] == leaders, first)
+    alike[-1] &= len(page_table) - first[-1] >= SHARERS // 4
+    for group in np.flatnonzero(alike):
+        rows = slice(first[group], first[group] + SHARERS)
+        most = int(context_lens[rows].min()) // page_size
+        same = (page_table[rows, :most] == page_table[first[group], :most]).all(axis=0)
+        found[group] = most if same.all() else same.argmin()
+    return found
 
 
 class PagedAttention(ABC):

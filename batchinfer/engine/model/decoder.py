@@ -87,7 +87,8 @@ class Decoder:
             self.head = dense(self.embedding if spec.tied_head else head["weight"])
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
-        self._max_tokens, self._dtype, self._device = max_tokens, dtype, device
+        self.dtype = dtype
+        self._max_tokens, self._device = max_tokens, device
         self._rooms: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
         self._q = torch.empty(max_tokens, heads, dtype=dtype, device=device)
         self._attended = torch.empty(max_tokens, heads, dtype=dtype, device=device)
@@ -145,7 +146,7 @@ class Decoder:
     def _room(self, tokens: int, width: int, linear: Linear) -> tuple[Tensor, ...]:
         """Memory for what ``linear`` takes: values, and a scale a token where the kernels quantise them in passing."""
         fused = self.kernels.quantize is not None and linear.input_dtype == E4M3
-        dtype = E4M3 if fused else self._dtype
+        dtype = E4M3 if fused else self.dtype
         if (width, dtype) not in self._rooms:
             room = [torch.empty(self._max_tokens, width, dtype=dtype, device=self._device)]
             if fused:

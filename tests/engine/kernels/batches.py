@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
+from batchinfer.engine.kernels.attention import shared_pages
 
 
 @dataclass
@@ -45,17 +46,20 @@ class Sequences:
         def ints(values: object) -> torch.Tensor:
             return torch.tensor(np.asarray(values, np.int32))
 
+        contexts = np.array([ends[s] for s in active])
+        shared = shared_pages(table[:decodes], contexts[:decodes], self.page_size) if decodes else None
         return AttentionBatch(
             positions=ints(positions),
             slots=ints(slots),
             query_starts=ints(np.cumsum([0, *lengths])),
-            context_lens=ints([ends[s] for s in active]),
+            context_lens=ints(contexts),
             page_table=ints(table)[:, :-2],
             max_query_len=max(lengths),
-            max_context_len=max(ends[s] for s in active),
+            max_context_len=int(contexts.max()),
             decodes=decodes,
             prefills=len(active) - decodes,
             counts=ints([decodes, len(active)]),
+            shared=None if shared is None else ints(shared),
         )
 
     def history(self) -> AttentionBatch:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from batchinfer.engine.kernels.attention import TorchPagedAttention
+from batchinfer.engine.kernels.attention import SHARERS, TorchPagedAttention, shared_pages
 from tests.engine.kernels.batches import Sequences, rope_table
 
 
@@ -153,6 +153,43 @@ def test_sequences_may_share_pages(kernels, dtype, tolerance):
     pair.step(prefix, pair.random_qkv(prefix))
     batch = sequences.step([32, 32, 32], [40, 45, 33])
     torch.testing.assert_close(*pair.step(batch, pair.random_qkv(batch)), **tolerance)
+
+
+def share(sequences, groups):
+    """Give the sequences of each group the first pages of the group's first; what was written there is theirs too."""
+    for group, pages in groups:
+        for s in group[1:]:
+            sequences.pages[s][:pages] = sequences.pages[group[0]][:pages]
+
+
+def test_neighbours_that_begin_alike_are_found_by_their_pages():
+    table = np.random.default_rng(0).permutation(2 * SHARERS * 5 + 20).reshape(-1, 5).astype(np.int32)
+    contexts = np.full(len(table), 80)
+    assert shared_pages(table, contexts, 16).tolist() == [0, 0, 0]
+    table[:, :3] = table[0, :3]
+    assert shared_pages(table, contexts, 16).tolist() == [3, 3, 0]  # four neighbours are too few
+    contexts[5] = 47
+    table[40, 0] = 7
+    assert shared_pages(table, contexts, 16).tolist() == [2, 0, 0]  # one does not see all of the third
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 64), (8, 1, 32), (3, 3, 16)], ids=str)
+def test_decodes_that_share_pages_are_attended_together(kernels, dtype, tolerance, shape):
+    pair = Pair(kernels, *shape, 16, None, dtype)
+    rng = np.random.default_rng(0)
+    contexts = rng.integers(49, 90, SHARERS + 11).tolist()
+    sequences = Sequences.random(rng, [*contexts, 20], [1] * len(contexts) + [3], 16)
+    share(sequences, [(range(SHARERS), 3), (range(SHARERS, len(contexts)), 2)])
+    pair.allocate(sequences)
+    history, last = sequences.history(), sequences.last()
+    assert last.shared.tolist() == [3, 2]
+    qkv = pair.random_qkv(history)  # of shared pages every sequence writes its own: make them the same
+    starts = history.query_starts.tolist()
+    for s in range(len(contexts)):
+        first, pages = (0, 3) if s < SHARERS else (SHARERS, 2)
+        qkv[starts[s] : starts[s] + 16 * pages] = qkv[starts[first] : starts[first] + 16 * pages]
+    pair.step(history, qkv)
+    torch.testing.assert_close(*pair.step(last, pair.random_qkv(last)), **tolerance)
 
 
 @pytest.mark.parametrize("window", [None, 100])

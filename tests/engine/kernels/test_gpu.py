@@ -50,13 +50,22 @@ def test_a_row_of_zeros_is_quantised_to_zeros(kernels):
     assert not values.float().any() and scale.isfinite().all()
 
 
+@pytest.mark.parametrize("sharing", [False, True], ids=["apart", "sharing"])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("shape", [(8, 2, 64), (4, 4, 16), (7, 1, 128), (6, 2, 48)], ids=str)
-def test_fp8_pages_hold_the_rotated_keys_and_attention_reads_what_they_hold(kernels, shape, window):
+def test_fp8_pages_hold_the_rotated_keys_and_attention_reads_what_they_hold(kernels, shape, window, sharing):
     heads, kv_heads, dim = shape
+    from batchinfer.engine.kernels.gpu.attention import CHUNK
+
     page, rng, device = 32, np.random.default_rng(0), torch.get_default_device()
     dtype = torch.bfloat16
-    sequences = Sequences.random(rng, [1, 40, 33, 300, 17, 128], [1, 1, 33, 1, 5, 64], page)
+    alike = 9 if sharing else 0  # sequences that begin with the same two pages
+    contexts, queries = [70] * alike + [33, 17, 128], [1] * alike + [33, 5, 64]
+    if not sharing:
+        contexts, queries = [1, 40, 300, *contexts], [1, 1, 1, *queries]
+    sequences = Sequences.random(rng, contexts, queries, page)
+    for pages in sequences.pages[:alike]:
+        pages[:2] = sequences.pages[0][:2]
     fast = kernels.attention(heads, kv_heads, dim, page, window, dtype, device, E4M3)
     fast.scales.copy_(torch.rand_like(fast.scales) + 0.5)
     reference = TorchPagedAttention(heads, kv_heads, dim, page, window, torch.float32, device)
@@ -68,13 +77,15 @@ def test_fp8_pages_hold_the_rotated_keys_and_attention_reads_what_they_hold(kern
     table = rope_table(dim, 512)
     for batch in (sequences.history(), sequences.last()):
         qkv = torch.randn(len(batch.slots), (heads + 2 * kv_heads) * dim).to(dtype)
+        if sharing and batch.prefills == len(batch.context_lens):  # the history
+            qkv[: 69 * alike].view(alike, 69, -1)[:, : 2 * page] = qkv[: 2 * page]
         q = torch.empty(len(qkv), heads * dim, dtype=dtype)
         fast.rope_write(qkv, table, batch, cache, None, None, 1e-6, q)
         reference.rope_write(
             qkv.float(), table, batch, exact, None, None, 1e-6, torch.empty_like(q, dtype=torch.float32)
         )
         keys = cache[0].float().view(-1, kv_heads, page, dim)
-        values = cache[1].float().view(-1, kv_heads, page // 16, dim, 16).transpose(3, 4).reshape(keys.shape)
+        values = cache[1].float().view(-1, kv_heads, page // CHUNK, dim, CHUNK).transpose(3, 4).reshape(keys.shape)
         held = torch.stack((keys, values)) * fast.scales[:, None, :, None, None]
         held = held.transpose(2, 3).contiguous()
         torch.testing.assert_close(held, exact, rtol=STEP, atol=0.02, equal_nan=True)

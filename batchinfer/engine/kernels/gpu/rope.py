@@ -1,0 +1,82 @@
+"""Rotary position embedding in Triton, and what it leads to: keys and values into their pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _turn(first, second, norm, cos, sin, eps, low, half: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """RMSNorm over each head where asked, then the rotation; ``first`` and ``second`` are the halves of the heads."""
+    if NORM:
+        mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * half)
+        inverse = tl.rsqrt(mean + eps)[:, None]
+        weight = tl.load(norm + low, mask=low < half, other=0.0)[None, :]
+        first = first * inverse * weight
+        weight = tl.load(norm + half + low, mask=low < half, other=0.0)[None, :]
+        second = second * inverse * weight
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def rope_write(
+    qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, scales, eps, q_out,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """One token, all its heads."""
+    HALF: tl.constexpr = DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    low = tl.arange(0, BLOCK_HALF)
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    cos = tl.load(cos_sin + position * DIM + low, mask=low < HALF, other=0.0)[None, :]
+    sin = tl.load(cos_sin + position * DIM + HALF + low, mask=low < HALF, other=0.0)[None, :]
+    qkv += token * (HEADS + 2 * KV_HEADS) * DIM
+
+    heads = tl.arange(0, BLOCK_H)
+    mask = (heads[:, None] < HEADS) & (low[None, :] < HALF)
+    at = heads[:, None] * DIM + low[None, :]
+    first = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv + HALF + at, mask=mask, other=0.0).to(tl.float32)
+    first, second = _turn(first, second, q_norm, cos, sin, eps, low, HALF, NORM, BLOCK_H)
+    q_out += token * HEADS * DIM
+    tl.store(q_out + at, first.to(q_out.dtype.element_ty), mask=mask)
+    tl.store(q_out + HALF + at, second.to(q_out.dtype.element_ty), mask=mask)
+    if slot < 0:  # padding
+        return
+
+    heads = tl.arange(0, BLOCK_KV)
+    mask = (heads[:, None] < KV_HEADS) & (low[None, :] < HALF)
+    at = heads[:, None] * DIM + low[None, :]
+    qkv += HEADS * DIM
+    first = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv + HALF + at, mask=mask, other=0.0).to(tl.float32)
+    first, second = _turn(first, second, k_norm, cos, sin, eps, low, HALF, NORM, BLOCK_KV)
+    qkv += KV_HEADS * DIM
+    v_first = tl.load(qkv + at, mask=mask, other=0.0)
+    v_second = tl.load(qkv + HALF + at, mask=mask, other=0.0)
+    if FP8:
+        k_scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)[:, None]
+        v_scale = tl.load(scales + KV_HEADS + heads, mask=heads < KV_HEADS, other=1.0)[:, None]
+        first, second = _saturate(first / k_scale), _saturate(second / k_scale)
+        v_first, v_second = _saturate(v_first / v_scale), _saturate(v_second / v_scale)
+    page, within = (slot // PAGE).to(tl.int64), slot % PAGE
+    start = (page * KV_HEADS + heads[:, None]) * (PAGE * DIM)
+    at = start + within * DIM + low[None, :]
+    tl.store(k_cache + at, first.to(k_cache.dtype.element_ty), mask=mask)
+    tl.store(k_cache + HALF + at, second.to(k_cache.dtype.element_ty), mask=mask)
+    if TRANSPOSED:
+        at = start + within // CHUNK * (DIM * CHUNK) + low[None, :] * CHUNK + within % CHUNK
+        tl.store(v_cache + at, v_first.to(v_cache.dtype.element_ty), mask=mask)
+        tl.store(v_cache + HALF * CHUNK + at, v_second.to(v_cache.dtype.element_ty), mask=mask)
+    else:
+        tl.store(v_cache + at, v_first.to(v_cache.dtype.element_ty), mask=mask)
+        tl.store(v_cache + HALF + at, v_second.to(v_cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _saturate(x):
+    return tl.clamp(x.to(tl.float32), -448.0, 448.0)
