@@ -37,7 +37,7 @@ from tests.bench.workloads import WORKLOADS, Workload
 from tests.engine.test_families import prompts
 from tests.engine.tiny import make_model
 
-ROWS = 2048  # at once, of each stage's GPU: with more stages there is room for the keys and values of more
+ROWS = 2048  # at once, of each GPU: several together have room for the keys and values of as many more
 # Multicast over NVLink can put a host's GPUs out of service.
 QUIET = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1", NVSHMEM_DISABLE_NVLS="1")
 
@@ -61,9 +61,9 @@ class Layout(NamedTuple):
 
 ONE = Layout(1, 1)
 LAYOUTS = [
-    Layout(1, 2, None, 4), Layout(1, 2), Layout(2, 1), Layout(1, 1, (1, 1)),
-    Layout(1, 4, None, 8), Layout(2, 2, None, 4), Layout(4, 1), Layout(1, 2, (2, 1)),
-    Layout(1, 8, None, 16), Layout(2, 4, None, 8), Layout(8, 1), Layout(1, 4, (2, 2)),
+    Layout(1, 2, None, 3), Layout(2, 1), Layout(1, 2), Layout(1, 1, (1, 1)),
+    Layout(1, 4, None, 6), Layout(2, 2, None, 3), Layout(4, 1), Layout(1, 2, (2, 1)),
+    Layout(1, 8, None, 12), Layout(2, 4, None, 6), Layout(8, 1), Layout(1, 4, (2, 2)),
 ]  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def main() -> None:
     speeds = _apart(links.measure, min(90, left()), asked.gpus) if asked.device == "cuda" else None
     _tell(kind="links", **(speeds or {}))
     with tempfile.TemporaryDirectory() as folder:
-        for layout in layouts:
-            if layout.tp <= 6 and layout.pp <= 3 and layout.micro_batches in (0, layout.pp):  # the tiny model's heads
+        for layout in layouts if asked.tokens else []:
+            if layout.tp <= 6 and layout.pp <= 3 and not layout.micro_batches:  # heads and layers of the small model
                 same = _apart(_same_tokens, min(90, left()), Path(folder, "small"), layout, asked.device)
                 _tell(kind="tokens", layout=str(layout), same_as_one=same)
         for shape in asked.models:
@@ -101,6 +101,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
     parser.add_argument("--requests", type=int, default=2000, help="of each workload, of 70B an eighth")
     parser.add_argument("--layouts", nargs="+", help="those of this name alone")
+    parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure without comparing tokens")
     parser.add_argument("--seconds", type=float, default=560, help="that all of it may take")
     parser.add_argument("--device", default="cuda", help="cpu tries the command itself")
     asked = parser.parse_args()
@@ -138,7 +139,7 @@ def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, 
 
 def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> dict[str, dict[str, Any]]:
     tp, pp, prefill, micro_batches = layout
-    plan = _with_rows(plan, ROWS * pp)
+    plan = _with_rows(plan, ROWS * tp * pp)
     options = dict(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches)
     begun, found = time.perf_counter(), {}
     with contextlib.closing(Engine(plan, **options)) as engine:
@@ -232,7 +233,7 @@ def _expect(plan: EnginePlan, layout: Layout, job: Workload, alone: dict[str, An
         tokens, keys = _about(step)
         return [(fixed + tokens * token + keys * key) / layout.gpus + tokens * reduced] * layout.pp
 
-    profile = _profile(ROWS * layout.pp)
+    profile = _profile(ROWS * layout.gpus)
     simulated = simulate(
         _requests(job), profile, stages, layout.micro_batches or layout.pp, page_size=64,
         engine_seconds=alone["schedule_seconds"] / alone["steps"], hop_seconds=1e-4,

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchinfer.engine.kernels.attention import SHARERS, AttentionBatch, PagedAttention
 from batchinfer.engine.kernels.gpu import flash
 from batchinfer.engine.kernels.gpu.flash_fp8 import decode_fp8
-from batchinfer.engine.kernels.gpu.rope import rope_write
+from batchinfer.engine.kernels.gpu.rope import rope_write, write_values
 
 CHUNK = 32  # tokens of transposed FP8 values: what memory gives at a time is 32 bytes
 _LOG2E = 1.4426950408889634
@@ -120,10 +120,15 @@ class GpuPagedAttention(PagedAttention):
         assert qkv.is_contiguous() and q_out.is_contiguous()
         rope_write[(len(qkv),)](
             qkv, cos_sin, batch.positions, batch.slots, cache[0], cache[1], q_norm, k_norm, self.scales, eps, q_out,
-            HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8, TRANSPOSED=self.transposed,
+            HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8,
             BLOCK_H=triton.next_power_of_2(self.num_heads), BLOCK_KV=triton.next_power_of_2(self.num_kv_heads),
             BLOCK_HALF=triton.next_power_of_2(self.head_dim // 2), num_warps=4, **self._shape,
         )  # fmt: skip
+        if self.fp8:
+            write_values[(triton.cdiv(len(qkv), CHUNK), self.num_kv_heads)](
+                qkv, batch.slots, cache[1], self.scales, len(qkv),
+                HEADS=self.num_heads, BLOCK_D=self.block_d, num_warps=4, **self._shape,
+            )  # fmt: skip
         return q_out
 
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:

@@ -61,6 +61,17 @@ def _quantize(x, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     _store_quantised(out, scales, row, column, values, WIDTH)
 
 
+@triton.jit
+def _scale_product(product, row_scales, column_scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    at = product + row * WIDTH + column
+    scale = tl.load(row_scales + row) * tl.load(column_scales + column, mask=mask, other=0.0)
+    values = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
+    tl.store(at, values.to(product.dtype.element_ty), mask=mask)
+
+
 def _warps(width: int) -> int:
     """Warps of a program that holds a row of ``width`` in registers."""
     return max(1, min(16, triton.next_power_of_2(width) // 512))
@@ -94,3 +105,14 @@ def quantize(x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
     assert x.is_contiguous() and out.is_contiguous()
     _quantize[(rows,)](x, out, scale, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width))
     return out
+
+
+def scale_product(product: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
+    """Multiply ``[rows, columns]`` by a scale a row and a scale a column, in place."""
+    rows, width = product.shape
+    assert product.is_contiguous()
+    _scale_product[(rows,)](
+        product, row_scales, column_scales,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+    return product

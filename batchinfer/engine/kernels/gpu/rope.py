@@ -23,10 +23,10 @@ def _turn(first, second, norm, cos, sin, eps, low, half: tl.constexpr, NORM: tl.
 def rope_write(
     qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, scales, eps, q_out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
+    CHUNK: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token, all its heads."""
+    """One token, all its heads; FP8 values are left to ``write_values``."""
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
     low = tl.arange(0, BLOCK_HALF)
@@ -55,26 +55,35 @@ def rope_write(
     first = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv + HALF + at, mask=mask, other=0.0).to(tl.float32)
     first, second = _turn(first, second, k_norm, cos, sin, eps, low, HALF, NORM, BLOCK_KV)
-    qkv += KV_HEADS * DIM
-    v_first = tl.load(qkv + at, mask=mask, other=0.0)
-    v_second = tl.load(qkv + HALF + at, mask=mask, other=0.0)
     if FP8:
         k_scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)[:, None]
-        v_scale = tl.load(scales + KV_HEADS + heads, mask=heads < KV_HEADS, other=1.0)[:, None]
         first, second = _saturate(first / k_scale), _saturate(second / k_scale)
-        v_first, v_second = _saturate(v_first / v_scale), _saturate(v_second / v_scale)
     page, within = (slot // PAGE).to(tl.int64), slot % PAGE
-    start = (page * KV_HEADS + heads[:, None]) * (PAGE * DIM)
-    at = start + within * DIM + low[None, :]
-    tl.store(k_cache + at, first.to(k_cache.dtype.element_ty), mask=mask)
-    tl.store(k_cache + HALF + at, second.to(k_cache.dtype.element_ty), mask=mask)
-    if TRANSPOSED:
-        at = start + within // CHUNK * (DIM * CHUNK) + low[None, :] * CHUNK + within % CHUNK
-        tl.store(v_cache + at, v_first.to(v_cache.dtype.element_ty), mask=mask)
-        tl.store(v_cache + HALF * CHUNK + at, v_second.to(v_cache.dtype.element_ty), mask=mask)
-    else:
-        tl.store(v_cache + at, v_first.to(v_cache.dtype.element_ty), mask=mask)
-        tl.store(v_cache + HALF + at, v_second.to(v_cache.dtype.element_ty), mask=mask)
+    to = (page * KV_HEADS + heads[:, None]) * (PAGE * DIM) + within * DIM + low[None, :]
+    tl.store(k_cache + to, first.to(k_cache.dtype.element_ty), mask=mask)
+    tl.store(k_cache + HALF + to, second.to(k_cache.dtype.element_ty), mask=mask)
+    if not FP8:
+        qkv += KV_HEADS * DIM
+        tl.store(v_cache + to, tl.load(qkv + at, mask=mask), mask=mask)
+        tl.store(v_cache + HALF + to, tl.load(qkv + HALF + at, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def write_values(
+    qkv, slots, v_cache, scales, tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """FP8 values of CHUNK tokens and one KV head into their pages, where a prompt's tokens are neighbours."""
+    token, dim = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    head = tl.program_id(1)
+    slot = tl.load(slots + token, mask=token < tokens, other=-1)
+    mask = (slot >= 0)[None, :] & (dim[:, None] < DIM)
+    at = token[None, :] * ((HEADS + 2 * KV_HEADS) * DIM) + (HEADS + KV_HEADS + head) * DIM + dim[:, None]
+    values = _saturate(tl.load(qkv + at, mask=mask, other=0.0) / tl.load(scales + KV_HEADS + head))
+    page, within = (slot // PAGE).to(tl.int64), slot % PAGE
+    start = (page * KV_HEADS + head) * (PAGE * DIM) + within // CHUNK * (DIM * CHUNK) + within % CHUNK
+    tl.store(v_cache + start[None, :] + dim[:, None] * CHUNK, values.to(v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from batchinfer.engine.kernels.linear.dense import Linear, widened_product
 E4M3 = torch.float8_e4m3fn
 MOST = 448.0  # the largest e4m3 number
 _ALIGNED = 16  # K and N of the native product must be multiples
+_FEW = 256  # rows up to which the native product of long sums goes without scales
 
 
 class Fp8Linear(Linear):
@@ -26,6 +27,7 @@ class Fp8Linear(Linear):
     def __init__(self, fp8: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(fp8, bias)
         self.scale = scale[None]  # [1, N]
+        self._one = torch.ones(1, dtype=torch.float32, device=fp8.device)
         self.native = has_fp8(fp8.device) and not any(size % _ALIGNED for size in fp8.shape)
 
         self._product = widened_product("fp8", fp8, scale[:, None])
@@ -41,14 +43,22 @@ class Fp8Linear(Linear):
         if x_scale is None:
             x, x_scale = quantize_e4m3(x)
         if self.native:
-            y = torch._scaled_mm(
-                x, self.weight.t(), x_scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True
-            ).to(dtype)
+            y = self._native_product(x, x_scale).to(dtype)
         elif self._product is not None:
             y = (self._product(x.to(dtype), None) * x_scale).to(dtype)
         else:
             y = (torch.nn.functional.linear(x.to(dtype), self.weight.to(dtype)) * x_scale * self.scale).to(dtype)
         return y if self.bias is None else y.add_(self.bias)
+
+    def _native_product(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        outputs, inputs = self.weight.shape
+        how = dict(out_dtype=torch.bfloat16, use_fast_accum=True)
+        if len(x) > _FEW or inputs < 2 * outputs:
+            return torch._scaled_mm(x, self.weight.t(), x_scale, self.scale, **how)
+        # Few outputs of long sums: the library cuts the sums to fill the card, but not with scales of rows and columns.
+        from batchinfer.engine.kernels.gpu.elementwise import scale_product
+
+        return scale_product(torch._scaled_mm(x, self.weight.t(), self._one, self._one, **how), x_scale, self.scale)
 
 
 def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
