@@ -13,19 +13,20 @@ class Occupancy:
     stage's other ranks within a step counts as computing.
     """
 
-    def __init__(self, ranks: int, depth: int, before: Occupancy | None = None) -> None:
-        """
-        Args:
-            before: what was counted until now; ranks count the bytes that they send from their start.
-        """
+    def __init__(self, ranks: int, depth: int) -> None:
         self._depth = depth
         self._busy = [0.0] * ranks
-        self._bytes_before = before._bytes if before else [0] * ranks
-        self._bytes = list(self._bytes_before)
+        self._bytes, self._bytes_before = [0] * ranks, [0] * ranks
         self._steps = self._tokens = self._samples = 0
         self._under_way = 0
         self._since = 0.0  # when the number under way last changed
         self._wall = self._slots = 0.0  # seconds with steps under way, and those times how many
+
+    def anew(self) -> Occupancy:
+        """One that has counted nothing yet, of the same ranks, which go on counting their bytes."""
+        later = Occupancy(len(self._busy), self._depth)
+        later._bytes, later._bytes_before = list(self._bytes), self._bytes
+        return later
 
     def launched(self, tokens: int, samples: int, now: float) -> None:
         self._move(1, now)

@@ -92,7 +92,7 @@ class Pipeline:
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.forget()
+        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts))
         self.trace = trace
         self._launched = 0
         self._tokens: dict[int, np.ndarray] = {}  # by the number of the launch, not asked for yet
@@ -265,8 +265,7 @@ class Pipeline:
 
     def forget(self) -> None:
         """Begin to count anew."""
-        before = getattr(self, "occupancy", None)
-        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts), before)
+        self.occupancy = self.occupancy.anew()
 
     def details(self) -> dict[str, Any]:
         """How busy the ranks are, for a summary."""

@@ -24,6 +24,7 @@ from batchinfer.engine.build import build
 from batchinfer.engine.kernels.linear import load_linear
 from batchinfer.engine.link import Link
 from batchinfer.engine.model.shard import Shard
+from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.worker import work
 from batchinfer.errors import EngineError, ModelError
 from tests.engine.test_families import prompts
@@ -306,3 +307,11 @@ def test_columns_in_an_order_of_their_own_are_not_cut(models):
     group = plan.weights("layer-001") | {"o.order": torch.arange(48, dtype=torch.int32)}
     with pytest.raises(ModelError, match="order of its own .* raise engine.pp"):
         Shard(plan.spec, range(3), 2, 0).cut("layer-001", group)
+
+
+def test_bytes_are_counted_from_where_counting_began_anew():
+    occupancy = Occupancy(1, 1)
+    occupancy.computed(0, 0.0, 1.0, sent=100)
+    later = occupancy.anew()
+    later.computed(0, 1.0, 2.0, sent=130)
+    assert later.details(["rank 0"])["bytes_sent"] == 30

@@ -118,30 +118,35 @@ class GpuPagedAttention(PagedAttention):
         q_out: Tensor,
     ) -> Tensor:
         assert qkv.is_contiguous() and q_out.is_contiguous()
+        batch = self._told_apart(batch)
         rope_write[(len(qkv),)](
-            qkv, cos_sin, batch.positions, batch.slots, cache[0], cache[1], q_norm, k_norm, self.scales, eps, q_out,
-            HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8,
+            qkv, cos_sin, batch.positions, batch.slots, batch.counts, cache[0], cache[1], q_norm, k_norm, self.scales,
+            eps, q_out, HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8,
             BLOCK_H=triton.next_power_of_2(self.num_heads), BLOCK_KV=triton.next_power_of_2(self.num_kv_heads),
             BLOCK_HALF=triton.next_power_of_2(self.head_dim // 2), num_warps=4, **self._shape,
         )  # fmt: skip
-        if self.fp8:
+        if self.fp8 and batch.prefills:
             write_values[(triton.cdiv(len(qkv), CHUNK), self.num_kv_heads)](
-                qkv, batch.slots, cache[1], self.scales, len(qkv),
+                qkv, batch.slots, batch.counts, cache[1], self.scales, len(qkv),
                 HEADS=self.num_heads, BLOCK_D=self.block_d, num_warps=4, **self._shape,
             )  # fmt: skip
         return q_out
 
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:
         assert q.is_contiguous() and out.is_contiguous()
-        if batch.counts is None:  # nobody has told them apart: prefill is right for all of them
-            sequences = len(batch.context_lens)
-            counts = torch.tensor([0, sequences], dtype=torch.int32, device=q.device)
-            batch = replace(batch, decodes=0, prefills=sequences, counts=counts)
+        batch = self._told_apart(batch)
         if batch.decodes:
             self._attend_decodes(q, batch, cache, out)
         if batch.prefills:
             self._attend_prefills(q, batch, cache, out)
         return out
+
+    def _told_apart(self, batch: AttentionBatch) -> AttentionBatch:
+        """Prefill is right for all sequences of a batch where nobody has told which are decodes."""
+        if batch.counts is not None:
+            return batch
+        counts = torch.tensor([0, len(batch.context_lens)], dtype=torch.int32, device=self.device)
+        return replace(batch, decodes=0, prefills=len(batch.context_lens), counts=counts)
 
     def _attend_decodes(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> None:
         tile, sequences = self.decode_tile, batch.decodes

@@ -21,12 +21,12 @@ def _turn(first, second, norm, cos, sin, eps, low, half: tl.constexpr, NORM: tl.
 
 @triton.jit
 def rope_write(
-    qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, scales, eps, q_out,
+    qkv, cos_sin, positions, slots, counts, k_cache, v_cache, q_norm, k_norm, scales, eps, q_out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     CHUNK: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token, all its heads; FP8 values are left to ``write_values``."""
+    """One token, all its heads; FP8 values of prompts are left to ``write_values``."""
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
     low = tl.arange(0, BLOCK_HALF)
@@ -62,22 +62,33 @@ def rope_write(
     to = (page * KV_HEADS + heads[:, None]) * (PAGE * DIM) + within * DIM + low[None, :]
     tl.store(k_cache + to, first.to(k_cache.dtype.element_ty), mask=mask)
     tl.store(k_cache + HALF + to, second.to(k_cache.dtype.element_ty), mask=mask)
+    qkv += KV_HEADS * DIM
     if not FP8:
-        qkv += KV_HEADS * DIM
         tl.store(v_cache + to, tl.load(qkv + at, mask=mask), mask=mask)
         tl.store(v_cache + HALF + to, tl.load(qkv + HALF + at, mask=mask), mask=mask)
+    elif token < tl.load(counts):
+        v_scale = tl.load(scales + KV_HEADS + heads, mask=heads < KV_HEADS, other=1.0)[:, None]
+        first = _saturate(tl.load(qkv + at, mask=mask, other=0.0) / v_scale)
+        second = _saturate(tl.load(qkv + HALF + at, mask=mask, other=0.0) / v_scale)
+        to = (page * KV_HEADS + heads[:, None]) * (PAGE * DIM) + within // CHUNK * (DIM * CHUNK) + within % CHUNK
+        to += low[None, :] * CHUNK
+        tl.store(v_cache + to, first.to(v_cache.dtype.element_ty), mask=mask)
+        tl.store(v_cache + HALF * CHUNK + to, second.to(v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def write_values(
-    qkv, slots, v_cache, scales, tokens,
+    qkv, slots, counts, v_cache, scales, tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """FP8 values of CHUNK tokens and one KV head into their pages, where a prompt's tokens are neighbours."""
+    """FP8 values of CHUNK tokens and one KV head into their pages, where a prompt's tokens are neighbours.
+
+    Those of decodes, each a page of its own, have been written.
+    """
     token, dim = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     head = tl.program_id(1)
-    slot = tl.load(slots + token, mask=token < tokens, other=-1)
+    slot = tl.load(slots + token, mask=(token >= tl.load(counts)) & (token < tokens), other=-1)
     mask = (slot >= 0)[None, :] & (dim[:, None] < DIM)
     at = token[None, :] * ((HEADS + 2 * KV_HEADS) * DIM) + (HEADS + KV_HEADS + head) * DIM + dim[:, None]
     values = _saturate(tl.load(qkv + at, mask=mask, other=0.0) / tl.load(scales + KV_HEADS + head))
