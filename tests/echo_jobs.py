@@ -18,6 +18,7 @@ from batchinfer.data import commits
 from batchinfer.data.report import Summary
 from batchinfer.data.store import LocalStore
 from batchinfer.job import Job
+from batchinfer.retrier import retry
 from batchinfer.runner import run
 
 
@@ -64,6 +65,13 @@ def echo_job(folder: Path, source: Path | None = None, **changes: Any) -> Job:
 def run_echo(job: Job, backend: Callable[[Path], Any] = EchoBackend) -> Summary:
     with mock.patch("batchinfer.runner.open_backend", lambda job, progress: backend(tokenizer_dir())):
         return run(job, progress=False)
+
+
+def retry_echo(
+    job: Job | Path | str, where: str | None, settings: dict[str, Any], backend: Callable[[Path], Any] = EchoBackend
+) -> Summary:
+    with mock.patch("batchinfer.retrier.open_backend", lambda job, progress: backend(tokenizer_dir())):
+        return retry(job, where, settings, progress=False)
 
 
 def read_output(folder: Path) -> pa.Table:

@@ -10,8 +10,8 @@ import os
 import time
 
 from batchinfer import runner
+from batchinfer.__main__ import enter
 from batchinfer.backends.echo import EchoBackend
-from batchinfer.cli import main
 from tests.echo_jobs import tokenizer_dir
 
 
@@ -38,4 +38,4 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    main(prog_name="batchinfer")
+    enter()

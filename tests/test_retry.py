@@ -24,7 +24,7 @@ from batchinfer.data.vacuum import vacuum
 from batchinfer.errors import InputError, IntegrityError, JobDriftError, JobError, LockedError
 from batchinfer.request import Completion
 from batchinfer.retrier import dry_run, retry
-from tests.echo_jobs import echo_job, read_output, run_echo, texts, tokenizer_dir, write
+from tests.echo_jobs import echo_job, read_output, retry_echo, run_echo, texts, write
 
 ROWS = 200
 LONG = "finish_reason = 'length'"
@@ -50,9 +50,7 @@ def job(tmp_path):
 
 
 def again(job, where=LONG, backend=EchoBackend, **settings):
-    opened = lambda job, progress: backend(tokenizer_dir())  # noqa: E731
-    with mock.patch("batchinfer.retrier.open_backend", opened):
-        return retry(job, where, {key.replace("__", "."): value for key, value in settings.items()}, progress=False)
+    return retry_echo(job, where, {key.replace("__", "."): value for key, value in settings.items()}, backend)
 
 
 def parts(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.errors import BatchInferError
-from tests.echo_jobs import echo_job, run_echo
+from tests.echo_jobs import echo_job, retry_echo, run_echo
+
+SHORTER = {"sampling.max_tokens": 9}  # of a retry
 
 
 class Noting(EchoBackend):
@@ -42,11 +44,17 @@ class Noting(EchoBackend):
         return completion
 
 
-def work(folder: str, seconds: str, **changes: Any) -> int:
-    """Run an echo job, whose answers are noted in the folder. Returns its exit code."""
+def work(folder: str, seconds: str, retried: str | None = None, **changes: Any) -> int:
+    """Run an echo job, whose answers are noted in the folder. Returns its exit code.
+
+    Args:
+        retried: answer these rows of its output again instead, with ``SHORTER``.
+    """
     Noting.folder, Noting.seconds = Path(folder), float(seconds)
     try:
         job = echo_job(Noting.folder, Noting.folder / "in", sampling__temperature=1.0, **changes)
+        if retried is not None:
+            return retry_echo(job, retried, SHORTER, Noting).exit_code
         return run_echo(job, Noting).exit_code
     except BatchInferError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

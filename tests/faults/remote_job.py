@@ -1,7 +1,7 @@
 """A run from and to an object store, to be killed: ``python -m tests.faults.remote_job FOLDER SECONDS_A_ROW IN OUT``.
 
 As job.py, of which the engine is. With ``unlocked`` as a last word no lease keeps it out; with ``elsewhere`` it counts
-as a run on another machine; with ``0/2`` it is that shard.
+as a run on another machine; with ``0/2`` it is that shard; with ``retry`` it answers the rows of RETRIED again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from batchinfer.data import bucket, lease
 from tests.faults.job import work
 from tests.s3 import HASTE
+
+RETRIED = "id % 3 = 0"
 
 
 def main() -> int:
@@ -26,7 +28,8 @@ def main() -> int:
         socket.gethostname = lambda: "elsewhere"
     changes = {"job__shard": how[0]} if how and "/" in how[0] else {}
     changes |= {"input__path": source, "output__path": target}
-    return work(folder, seconds, checkpoint__unit_rows=50, checkpoint__sync_seconds=0.05, **changes)
+    changes |= {"checkpoint__unit_rows": 50, "checkpoint__sync_seconds": 0.05}
+    return work(folder, seconds, RETRIED if how == ["retry"] else None, **changes)
 
 
 if __name__ == "__main__":

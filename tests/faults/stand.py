@@ -5,6 +5,7 @@ The process that forks never reads Parquet nor runs a job: libraries whose threa
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import resource
@@ -35,6 +36,7 @@ ROWS, FILES, UNIT_ROWS = 120, 3, 16
 HELD = 8  # rows that the engine holds
 OPERATIONS = ("write", "fsync", "link", "replace", "unlink", "mkdir")
 PATIENCE = 60  # seconds after which a run is taken to hang
+LONG = 25  # seconds after which it says where each of its threads is
 RETRIED = "id % 2 = 0"
 
 
@@ -187,6 +189,7 @@ def fork(act: Callable[[], int], said: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        faulthandler.dump_traceback_later(LONG)
         code = act()
     except BaseException:
         traceback.print_exc()

@@ -16,7 +16,7 @@ import pytest
 
 from batchinfer.data import bucket as module
 from batchinfer.errors import DriftError, JobError, StoreError
-from tests.echo_jobs import echo_job, run_echo, texts
+from tests.echo_jobs import echo_job, retry_echo, run_echo, texts
 from tests.faults.test_kill import ROOT, finish
 from tests.s3 import at_random
 
@@ -81,6 +81,49 @@ def test_sigkill_at_random_moments_amid_faults_loses_and_doubles_nothing(tmp_pat
     check(bucket, table)
     assert len(answered) == table.num_rows
     assert again <= kills * 64, "at most what was in flight and what waited for the log's next put"
+
+
+def lengths(bucket) -> dict[int, int]:
+    """Tokens of each row's completion, by its id, of which there is one each."""
+    out = bucket.read()
+    told = dict(zip(out["id"].to_pylist(), out["completion_tokens"].to_pylist()))
+    assert len(told) == len(out)
+    return told
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_retry_amid_faults_answers_the_chosen_rows_again_and_no_others(tmp_path, bucket, table, seed):
+    run_echo(job(bucket, tmp_path, sampling__max_tokens=8))
+    bucket.proxy.fault = at_random(seed, 0.12)
+    retried = retry_echo(job(bucket, tmp_path, sampling__max_tokens=8), "id % 3 = 0", {"sampling.max_tokens": 9})
+    assert retried.retry["superseded"] == len(range(0, table.num_rows, 3))
+    bucket.proxy.fault = lambda method, path: None
+    check(bucket, table)
+    assert lengths(bucket) == {row: 9 if row % 3 == 0 else 8 for row in range(table.num_rows)}
+    assert bucket.proxy.faults.total() >= 5
+
+
+@pytest.mark.slow
+def test_a_retry_that_is_killed_amid_faults_shows_each_row_as_it_was_or_as_it_is(tmp_path, bucket, table):
+    assert finish(start(tmp_path, bucket, 0.0)) == 0
+    before, chance, kills = lengths(bucket), random.Random(3), 6
+    (tmp_path / "answers").unlink()
+    bucket.proxy.fault = at_random(3, 0.05, ("500", "503", "reset", "lost", "cut"))
+    for _ in range(kills):
+        process = start(tmp_path, bucket, 0.004, "retry")
+        time.sleep(chance.uniform(0.0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen = lengths(bucket)
+        assert seen.keys() == before.keys()
+        assert all(tokens in (before[row], 9 if row % 3 == 0 else before[row]) for row, tokens in seen.items())
+    assert finish(start(tmp_path, bucket, 0.0, "retry")) == 0
+    answered = Counter((tmp_path / "answers").read_text().splitlines())
+    again = sum(answered.values()) - len(answered)
+    print(f"SIGKILLs {kills}, faults {bucket.proxy.faults.total()}, rows {len(answered)}, computed again {again}")
+    check(bucket, table)
+    assert lengths(bucket) == {row: 9 if row % 3 == 0 else tokens for row, tokens in before.items()}
+    assert len(answered) == len(range(0, table.num_rows, 3)) and again <= kills * 64
 
 
 @pytest.mark.slow
