@@ -247,6 +247,12 @@ class EngineSection(Section):
             raise ValueError('profile: backend = "tensorrt-llm" takes one, not several')
         return self
 
+    @property
+    def ranks(self) -> int:
+        """Processes that compute, each on a GPU of its own where there are any."""
+        prefill = self.prefill_tp * self.prefill_pp if self.mode == "disaggregated" else 0
+        return self.tp * self.pp + prefill
+
 
 NativeSchemes = Literal["int8", "int4", "gptq", "awq", "w8a8", "smoothquant"]
 TensorRTSchemes = Literal["int4_awq", "w4a8_awq", "nvfp4", "int8_sq"]
@@ -316,7 +322,8 @@ class ReportSection(Section):
 
 class RaySection(Section):
     engines: int = Field(0, ge=0, description="how many engines; 0: as many as the cluster has room for")
-    cpus: int = Field(1, ge=1, description="CPUs that the cluster sets aside for an engine, beside its tp × pp GPUs")
+    cpus: int = Field(1, ge=1, description="CPUs that the cluster sets aside for an engine, beside a GPU for each rank")
+    nodes: int = Field(1, ge=1, description="nodes that the ranks of an engine spread over, as many on each")
     restarts: int = Field(
         2, ge=0, description="how often an engine that is lost is started again, and a unit tried again"
     )

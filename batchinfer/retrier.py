@@ -29,7 +29,8 @@ from batchinfer.errors import ExitCode, JobError
 from batchinfer.job import Job
 from batchinfer.runner import Columns, work
 
-DECIDING = ("prompt", "sampling", "model", "engine")  # sections that may differ for the rows of a retry
+ENGINE = ("model", "engine", "build")
+DECIDING = ("prompt", "sampling", *ENGINE)  # sections that may differ for the rows of a retry
 OPERATIONAL = ("checkpoint", "limits", "report")
 ANOTHER_ENGINE = "Name the new one with --set model.path=… (or engine.…), so that it is known which rows it answered"
 
@@ -51,8 +52,8 @@ def retry(
         job: a Job or a job file whose output is meant, or the output itself: then the job is the one it was begun with,
             without its deadline.
         where: SQL over one row of the output; those with an error unless given.
-        overrides: dotted key → value, for these rows alone: [prompt], [sampling] but for ``n``, [model] and [engine]
-            are kept as what the rows were made with; [checkpoint], [limits] and [report] may differ too.
+        overrides: dotted key → value, for these rows alone: [prompt], [sampling] but for ``n``, [model], [engine] and
+            [build] are kept as what the rows were made with; [checkpoint], [limits] and [report] may differ too.
         progress: False for silence.
 
     Raises: what ``run`` raises. JobError if nothing was begun, or if ``where`` or ``overrides`` cannot serve.
@@ -166,26 +167,16 @@ def _retry(
     with ExitStack() as opened:
         backend = opened.enter_context(closing(open_backend(job, progress is not False)))
         engine = plain(backend.fingerprint)
-        if not any(key.split(".")[0] in ("model", "engine") for key in asked.settings):
+        if not any(key.split(".")[0] in ENGINE for key in asked.settings):
             ledger.check_semantic({"engine": engine}, ("engine",), ANOTHER_ENGINE)
         semantic = {**plain(job.semantic()), "engine": engine}
         if last is None or last.semantic != semantic:
             last = Retry(len(ledger.retries) + 1, asked.where, asked.settings, semantic, rows)
         with Series(ledger) as series:
-            loaded = time.perf_counter() - begun
             renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
             ledger.begin_retry(last, source)
-            journal, stages = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress)
-            summary = summarize(
-                ledger,
-                job.limits.max_failed_fraction,
-                run=journal.tally,
-                logged=journal.logged(ledger.pending()),
-                seconds=time.perf_counter() - begun,
-                load=backend.load(),
-                stages={"open": loaded, **stages},
-            )
-            summary = _told(dataclasses.replace(summary, reason=halt.reason), ledger, asked, last)
+            summary = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress, begun)
+            summary = _told(summary, ledger, asked, last)
             series.end(summary.as_dict())
         write_summary(ledger, summary)
         if not ledger.pending():

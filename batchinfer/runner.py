@@ -119,7 +119,6 @@ def _run(
         listeners = exporters(job)
         backend = open_once()
         with Series(ledger, listeners) as series:
-            opened = time.perf_counter() - begun
             renderer = PromptRenderer(job.prompt, job.sampling, backend.tokenizer_dir, backend.max_seq_len)
             told = job.model_dump(mode="json", exclude={"job": {"shard"}})
             ledger.begin(
@@ -128,17 +127,7 @@ def _run(
                 semantic={**job.semantic(), "engine": backend.fingerprint},
                 operational={"model": _model_at_a_glance(job), "job": told},
             )
-            journal, stages = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress)
-            summary = summarize(
-                ledger,
-                job.limits.max_failed_fraction,
-                run=journal.tally,
-                logged=journal.logged(ledger.pending()),
-                seconds=time.perf_counter() - begun,
-                load=backend.load(),
-                stages={"open": opened, **stages},
-                reason=halt.reason,
-            )
+            summary = work(job, source, columns, ledger, renderer, backend, series, halt, signals, progress, begun)
             series.end(summary.as_dict())
         write_summary(ledger, summary)
         if ledger.complete:
@@ -183,8 +172,14 @@ def work(
     halt: Halt,
     signals: StopSignals,
     progress: bool | None,
-) -> tuple[Journal, dict[str, float]]:
-    """Compute what is pending in a ledger, or as much as ``halt`` allows. Returns what came in and where time went."""
+    begun: float,
+) -> Summary:
+    """Compute what is pending in a ledger, or as much as ``halt`` allows.
+
+    Args:
+        begun: when the run was, by ``time.perf_counter``.
+    """
+    opened = time.perf_counter() - begun
     seconds, count = ledger.store.sync_gap
     sync = (
         seconds if job.checkpoint.sync_seconds is None else job.checkpoint.sync_seconds,
@@ -226,11 +221,26 @@ def work(
         if error is not None:
             raise error
     ledger.gather()
-    begun = {unit.index for unit in pending}  # what another shard appended meanwhile is for the next run
-    if not halt.stopping and any(unit.index in begun for unit in ledger.pending()):
+    known = {unit.index for unit in pending}  # what another shard appended meanwhile is for the next run
+    if not halt.stopping and any(unit.index in known for unit in ledger.pending()):
         raise EngineError(f"the engine ended with {feed.outstanding} requests unanswered; run again to go on")
-    stages = {"generate": generated - started, "generate.wait": feed.waited}
-    return journal, stages | feed.seconds | journal.seconds | sink.seconds
+    return summarize(
+        ledger,
+        job.limits.max_failed_fraction,
+        run=journal.tally,
+        logged=journal.logged(ledger.pending()),
+        seconds=time.perf_counter() - begun,
+        load=backend.load(),
+        stages={
+            "open": opened,
+            "generate": generated - started,
+            "generate.wait": feed.waited,
+            **feed.seconds,
+            **journal.seconds,
+            **sink.seconds,
+        },
+        reason=halt.reason,
+    )
 
 
 def _model_at_a_glance(job: Job) -> dict[str, Any]:

@@ -17,6 +17,9 @@ for _name in [name for name in os.environ if name.startswith("BATCHINFER_")]:
 # Kept between test runs: what is cached there is found by content, so it cannot be stale.
 os.environ["BATCHINFER_CACHE"] = str(Path(__file__).parents[1] / "build" / "test-cache")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the cores to the tests beside
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
 # In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.cli import main
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.look import standing
+from batchinfer.data.standing import standing
 from batchinfer.data.superseding import ranges
 from batchinfer.data.vacuum import vacuum
 from batchinfer.errors import InputError, IntegrityError, JobDriftError, JobError, LockedError

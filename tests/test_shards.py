@@ -11,7 +11,7 @@ import pytest
 
 from batchinfer.backends.echo import EchoBackend
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.look import standing
+from batchinfer.data.standing import standing
 from batchinfer.errors import ExitCode, JobDriftError, LockedError
 from batchinfer.job import Job
 from batchinfer.runner import run

@@ -17,7 +17,7 @@ from batchinfer.errors import JobError
 @verbose_option
 def status(job_or_output: str, as_json: bool) -> None:
     """How far a job is, also while it runs."""
-    from batchinfer.data.look import standing
+    from batchinfer.data.standing import standing
 
     found = standing(output_of(job_or_output))
     click.echo(json.dumps(found.as_dict()) if as_json else str(found))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from batchinfer.cli.shared import json_option, parse_settings, set_option, verbose_option
+from batchinfer.cli.shared import json_option, log_format_option, parse_settings, set_option, verbose_option
 from batchinfer.errors import ExitCode, JobError
 
 
@@ -92,6 +92,7 @@ def plan(
 @click.option("--fit", "fitted", metavar="JOB.toml", help="Make a profile for the lengths of this job's rows.")
 @click.option("--calibrate", metavar="JOB.toml", help="Quantise with the prompts of this job; else of the job itself.")
 @set_option
+@log_format_option
 @verbose_option
 def build(
     job_file: str | None,

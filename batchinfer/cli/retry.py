@@ -6,7 +6,7 @@ import json
 
 import click
 
-from batchinfer.cli.shared import json_option, parse_settings, say, set_option, verbose_option
+from batchinfer.cli.shared import json_option, log_format_option, parse_settings, say, set_option, verbose_option
 from batchinfer.errors import ExitCode
 
 
@@ -19,6 +19,7 @@ from batchinfer.errors import ExitCode
 @set_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@log_format_option
 @verbose_option
 def retry(
     job_or_output: str,

@@ -38,6 +38,7 @@ class Commit:
     completion_tokens: int
     fingerprint: str
     epoch: int
+    failures: dict[str, int] = field(default_factory=dict)  # kind → rows
     time: float = field(default_factory=time.time)
     version: int = 0
     retry: int = 0  # the number of the retry that made this version; 0: the run itself

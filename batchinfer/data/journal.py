@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.data.source import Unit
+from batchinfer.data.stats import OTHER, kind_of
 from batchinfer.data.store import Store
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import EngineError
 from batchinfer.request import Completion, FinishReason
 
 FRAME = struct.Struct("<II")  # length of an Arrow IPC message and its CRC-32
+MOST_KINDS = 50  # of failure, that a tally tells apart
 LEAST_GAP = 0.02  # seconds between two syncs: a fast engine gets larger groups instead of more of them
 
 
@@ -52,6 +54,7 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)  # kind → rows, see stats.kind_of
 
     def add(self, results: pa.RecordBatch | pa.Table) -> Tally:
         reasons, made = results["finish_reason"], results["completion_tokens"]
@@ -63,7 +66,11 @@ class Tally:
         self.completion_tokens += pc.sum(made).as_py() or 0
         for reason in pc.value_counts(reasons):
             self.finish_reasons[reason["values"].as_py()] += reason["counts"].as_py()
-        self.failed += results.num_rows - results["error"].null_count - (self.skipped - skipped)
+        failed = results.num_rows - results["error"].null_count - (self.skipped - skipped)
+        self.failed += failed
+        if failed:
+            for kind in _failures(results):
+                self.failures[kind if kind in self.failures or len(self.failures) < MOST_KINDS else OTHER] += 1
         return self
 
     @property
@@ -76,6 +83,13 @@ class Tally:
         counts = ((self.failed, "failed"), (self.skipped, "skipped"))
         told = ", ".join(f"{count:,} {what}" for count, what in counts if count)
         return f" ({told})" if told else ""
+
+
+def _failures(results: pa.RecordBatch | pa.Table) -> Iterator[str]:
+    """Why rows failed, a kind for each."""
+    for error, reason in zip(results["error"].to_pylist(), results["finish_reason"].to_pylist()):
+        if error is not None and reason not in ("skipped", ["skipped"]):
+            yield kind_of(error)
 
 
 class ResultSchema:

@@ -1,8 +1,7 @@
-"""A look at a job without running it: at its input and templates before, at its ledger meanwhile."""
+"""A look at a job without running it: at its input and templates before, at its ledger at any time."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,16 +9,12 @@ from typing import Any
 from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompt import PromptRenderer, check_columns
-from batchinfer.data.report import summarize
-from batchinfer.data.retries import outcome
-from batchinfer.data.shards import WHOLE, running
 from batchinfer.data.sink import OutputSchema
 from batchinfer.data.source import Source
 from batchinfer.data.store import open_store
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion
-from batchinfer.shard import Shard
 
 
 @dataclass
@@ -92,92 +87,6 @@ def _try_rows(job: Job, source: Source, count: int, findings: Findings) -> None:
         findings.tried += len(table)
         if findings.tried >= count:
             break
-
-
-@dataclass(frozen=True)
-class ShardStanding:
-    """How far a shard is, and who ran it last."""
-
-    shard: str
-    running: bool
-    rows: int
-    committed: int
-    pid: int
-    host: str
-    since: str
-
-    def __str__(self) -> str:
-        state = "done" if self.committed == self.rows else "unfinished"
-        who = f"process {self.pid} on {self.host}, since {self.since}"
-        state = f"running, {who}" if self.running else state
-        return f"shard {self.shard} · {self.committed:,} of {self.rows:,} rows committed · {state}"
-
-
-@dataclass
-class Standing:
-    """How far a job is."""
-
-    ledger: Ledger
-    running: bool
-    shards: list[ShardStanding] = field(default_factory=list)
-
-    @property
-    def state(self) -> str:
-        return "complete" if self.ledger.complete else "running" if self.running else "unfinished"
-
-    def as_dict(self) -> dict[str, Any]:
-        whole = summarize(self.ledger, max_failed_fraction=1.0)
-        shards = {"shards": [asdict(shard) for shard in self.shards]} if self.shards else {}
-        retries = [outcome(self.ledger, retry) for retry in self.ledger.retries]
-        more = shards | ({"retries": retries} if retries else {})
-        return {"output": str(whole.output)} | whole.standing() | {"state": self.state} | more
-
-    def __str__(self) -> str:
-        rows, job = self.ledger.rows, summarize(self.ledger, max_failed_fraction=1.0).job
-        share = f" of {rows:,} ({job.rows / rows:.0%})" if job.rows < rows else ""
-        hint = ", run it again to go on" if self.state == "unfinished" else ""
-        line = (
-            f"{self.state}{hint} · {job.rows:,}{share} rows committed{job.losses} · "
-            f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out{self._retried()} · {self.ledger.output}"
-        )
-        return "\n".join([line, *(f"  {shard}" for shard in self.shards)])
-
-    def _retried(self) -> str:
-        """The last retry, and whether it is to be taken up again."""
-        if not self.ledger.retries:
-            return ""
-        last = outcome(self.ledger, self.ledger.retries[-1])
-        told = f" · retry {last['retry']}: {last['superseded']:,} of {last['rows']:,} rows superseded"
-        left = last["rows"] - last["superseded"] - last["kept"]
-        return told + (f", {left:,} left, retry it again to go on" if left and not self.running else "")
-
-
-def standing(output: str | os.PathLike[str]) -> Standing:
-    """Raises what ``look`` raises."""
-    ledger = look(output)
-    at_work = running(ledger.store)
-    return Standing(ledger, bool(at_work) or ledger.store.is_locked(WHOLE), _shards(ledger, at_work))
-
-
-def _shards(ledger: Ledger, at_work: list[Shard]) -> list[ShardStanding]:
-    """The shards of the last runs, if those were shards."""
-    leases: dict[Shard, dict[str, Any]] = {}
-    for name in reversed(ledger.store.list("leases", ".json")):
-        lease = json.loads(ledger.store.read(f"leases/{name}"))
-        if not lease.get("shard", "-")[0].isdigit():  # a run of the whole, or an engine that has no share of its own
-            break
-        shard = Shard.of(lease["shard"])
-        if any(shard.count != other.count for other in leases):
-            break
-        leases.setdefault(shard, lease)
-    found = []
-    for shard, lease in sorted(leases.items()):
-        share = ledger.share_of(shard)
-        committed = sum(unit.rows for unit in share if unit.index in ledger.commits)
-        rows = sum(unit.rows for unit in share)
-        who = (lease[key] for key in ("pid", "host", "since"))
-        found.append(ShardStanding(str(shard), shard in at_work, rows, committed, *who))
-    return found
 
 
 def look(output: str | os.PathLike[str]) -> Ledger:

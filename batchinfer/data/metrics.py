@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from batchinfer.job import Job
 from batchinfer.log import say
 
 PUSHED = 10.0  # seconds between two pushes
+LONGEST = 80  # characters of a label that says why rows fail
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 Values = Mapping[str, Any]
 
 
@@ -30,7 +34,7 @@ class Metric:
     name: str
     kind: str  # of Prometheus: gauge or counter
     help: str
-    value: Callable[[Values], float | None]
+    value: Callable[[Values], Any]
 
 
 def _of(key: str) -> Callable[[Values], float | None]:
@@ -49,6 +53,14 @@ def _remaining(run: Values) -> float | None:
 
 def _cost(run: Values) -> float | None:
     return run["price_per_hour"] * run.get("seconds", 0.0) / 3600 if run["price_per_hour"] else None
+
+
+def _failures(run: Values) -> dict[str, int]:
+    """By kind, without what is quoted of the rows."""
+    told: Counter[str] = Counter()
+    for kind, count in (run.get("failures") or {}).items():
+        told[_QUOTED.sub("…", kind)[:LONGEST]] += count
+    return told
 
 
 METRICS = (
@@ -76,7 +88,13 @@ METRICS = (
     Metric("batchinfer_exit_code", "gauge", "How the run ended; none while it goes on.", _of("exit_code")),
     Metric("batchinfer_updated_timestamp_seconds", "gauge", "When these numbers were told.", _of("time")),
 )
-BY_REASON = Metric("batchinfer_completions_total", "counter", "Completions by finish_reason.", _of("finish_reasons"))
+# Each value is a mapping, whose keys are a label's values.
+LABELLED = {
+    "finish_reason": Metric(
+        "batchinfer_completions_total", "counter", "Completions by finish_reason.", _of("finish_reasons")
+    ),
+    "reason": Metric("batchinfer_failures_total", "counter", "Failed rows by what failed.", _failures),
+}
 
 
 class Exporter:
@@ -121,10 +139,11 @@ class Exporter:
         for metric, value in self.told():
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
             lines.append(f"{metric.name}{{{','.join(labels)}}} {value!r}")
-        lines += [f"# HELP {BY_REASON.name} {BY_REASON.help}", f"# TYPE {BY_REASON.name} {BY_REASON.kind}"]
-        for reason, count in sorted((self.values.get("finish_reasons") or {}).items()):
-            all_labels = ",".join([*labels, f'finish_reason="{reason}"'])
-            lines.append(f"{BY_REASON.name}{{{all_labels}}} {count}")
+        for label, metric in LABELLED.items():
+            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+            for value, count in sorted((metric.value(self.values) or {}).items()):
+                all_labels = ",".join([*labels, f'{label}="{_escaped(value)}"'])
+                lines.append(f"{metric.name}{{{all_labels}}} {count}")
         return "\n".join(lines) + "\n"
 
 

@@ -127,6 +127,7 @@ def _counts(tally: Tally) -> dict[str, Any]:
         "failed": tally.failed,
         "skipped": tally.skipped,
         "finish_reasons": dict(tally.finish_reasons),
+        "failures": dict(tally.failures.most_common()),
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
     }
@@ -184,6 +185,7 @@ def tally_of(commits: Iterable[Commit]) -> Tally:
         job.prompt_tokens += commit.prompt_tokens
         job.completion_tokens += commit.completion_tokens
         job.finish_reasons.update(commit.finish_reasons)
+        job.failures.update(commit.failures)
     return job
 
 

@@ -115,6 +115,7 @@ class Series:
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
             finish_reasons=dict(tally.finish_reasons),
+            failures=dict(tally.failures),
             **{name: round(getattr(load, name), 4) for name in LOAD},
         )
 

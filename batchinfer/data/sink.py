@@ -151,6 +151,7 @@ class Sink(Worker):
             completion_tokens=tally.completion_tokens,
             fingerprint=ledger.fingerprint,
             epoch=ledger.epoch,
+            failures=dict(tally.failures),
             **more,
         )
 

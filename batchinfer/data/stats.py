@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+OTHER = "other reasons"  # kinds of failure beyond those that are told apart
 LONGEST = 1 << 22  # tokens; what is longer counts as that long
 
 

@@ -20,12 +20,12 @@ from batchinfer.data.commits import Commit
 from batchinfer.data.estimate import PREDICTION
 from batchinfer.data.journal import Tally
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.look import standing
 from batchinfer.data.prompt import prompt_columns
 from batchinfer.data.report import SUMMARY, summarize
 from batchinfer.data.series import RunSeries, read_runs
 from batchinfer.data.source import Unit
-from batchinfer.data.stats import Lengths, kind_of
+from batchinfer.data.standing import standing
+from batchinfer.data.stats import OTHER, Lengths, kind_of
 from batchinfer.errors import DriftError
 from batchinfer.job import PromptSection
 
@@ -152,7 +152,7 @@ def _count_failures(
             continue
         kind = kind_of(error)
         if kind not in failures and len(failures) >= MOST_KINDS:
-            kind = "other reasons"
+            kind = OTHER
         told = failures.setdefault(kind, Failures())
         told.count += 1
         if len(told.rows) < 3:

@@ -3,14 +3,19 @@
 An actor is a shard that is dealt its units on the way: it reads its own rows, journals and commits them by itself, and
 asks a small queue for more. So machines of different speed end together, and a lost actor or node costs its rows in
 flight. Input and output must be where all nodes see them. No row passes through Ray.
+
+An engine that no node can hold spreads over ``ray.nodes`` of them: its group has as many bundles, its ranks are actors
+of their own (ray_rank.py), and what feeds it lives beside the first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,6 +30,7 @@ from batchinfer.data.report import Progress, Summary, summarize, tally_of, write
 from batchinfer.data.threads import Deadline, Halt, StopNow, StopSignals
 from batchinfer.deadline import ends_at
 from batchinfer.errors import BatchInferError, EngineError, ExitCode, JobError
+from batchinfer.integrations.ray_rank import Meeting, RankActor
 from batchinfer.integrations.unit_queue import UnitQueue
 from batchinfer.job import Job
 from batchinfer.log import say
@@ -49,6 +55,12 @@ def run_on_ray(job: Job, address: str = LOCAL, progress: bool | None = None) -> 
     """
     if job.job.shard is not None:
         raise JobError("--ray deals the units itself: leave job.shard out")
+    if job.ray.nodes > 1 and (job.engine.backend != "native" or job.engine.ranks % job.ray.nodes):
+        raise JobError(
+            f"ray.nodes = {job.ray.nodes} spreads the ranks of a native engine, as many on each node: expected a "
+            f"multiple of {job.ray.nodes}, found {job.engine.ranks} ranks of the {job.engine.backend} engine. Set "
+            "engine.tp and engine.pp, or ray.nodes = 1"
+        )
     if not ray.is_initialized():
         ray.init(address=None if address == LOCAL else address, include_dashboard=False, log_to_driver=False)
     halt = Halt()
@@ -99,9 +111,15 @@ class EngineActor:
     def __init__(self, job: dict[str, Any], shard: Puller) -> None:
         self._job, self._shard = Job.from_dict(job), shard
 
-    def work(self) -> None:
+    def meeting(self) -> Meeting:
+        """Where its ranks may come to."""
+        return Meeting.here()
+
+    def work(self, meeting: Meeting | None) -> None:
+        """``meeting``: where its ranks come to, if those are actors."""
         from batchinfer.runner import run
 
+        os.environ.update(meeting.environment if meeting else {})
         run(self._job, progress=False, shard=self._shard)
 
     def stop(self, reason: str) -> bool:
@@ -116,12 +134,14 @@ class Fleet:
 
     def __init__(self, job: Job, halt: Halt) -> None:
         self._job, self._halt, self._begun = job, halt, time.perf_counter()
-        self._needs = {"CPU": job.ray.cpus, "GPU": _gpus(job)}
-        self._count = job.ray.engines or _room(self._needs)
+        self._nodes = job.ray.nodes
+        self._needs = {"CPU": job.ray.cpus, "GPU": _gpus(job) // self._nodes}  # on each node
+        self._count = job.ray.engines or _room(self._needs, self._nodes)
         self._queue = ray.remote(num_cpus=0)(UnitQueue).remote(self._count, 1 + job.ray.restarts)
         self._left = [job.ray.restarts] * self._count
         self._groups: dict[int, Any] = {}
         self._actors: dict[int, Any] = {}
+        self._ranks: dict[int, list[Any]] = {}
         self._stopped: set[int] = set()
         self._tally, self._load, self._telling = Tally(), Load(), False
 
@@ -166,7 +186,7 @@ class Fleet:
         return summarize(ledger, limit, run=self._tally, seconds=seconds, load=self._load, reason=self._halt.reason)
 
     def close(self) -> None:
-        for actor in [*self._actors.values(), self._queue]:
+        for actor in [*self._actors.values(), *chain(*self._ranks.values()), self._queue]:
             ray.kill(actor)
         for group in self._groups.values():
             remove_placement_group(group)
@@ -175,28 +195,50 @@ class Fleet:
         """Raises: JobError if the cluster has no room."""
         bundle = {name: amount for name, amount in self._needs.items() if amount}
         for engine in range(self._count):
-            self._groups[engine] = placement_group([bundle], strategy="STRICT_PACK")
+            self._groups[engine] = placement_group([bundle] * self._nodes, strategy="PACK")
         try:
             ray.get([group.ready() for group in self._groups.values()], timeout=PLACED)
         except GetTimeoutError:
             raise JobError(
-                f"the cluster has no room for {self._count} engines of {bundle}: it has {ray.cluster_resources()}. Set "
-                "ray.engines or ray.cpus, or add nodes"
+                f"the cluster has no room for {self._count} engines of {self._nodes} × {bundle}: it has "
+                f"{ray.cluster_resources()}. Set ray.engines, ray.nodes or ray.cpus, or add nodes"
             ) from None
 
     def _start(self, engine: int) -> Any:
         """Start an engine, and its work. Returns what the work will come to."""
-        where = PlacementGroupSchedulingStrategy(self._groups[engine], placement_group_bundle_index=0)
+        spread = self._nodes > 1
         actor = ray.remote(EngineActor).options(
             num_cpus=self._needs["CPU"],
-            num_gpus=self._needs["GPU"],
+            num_gpus=0 if spread else self._needs["GPU"],
             max_concurrency=2,  # so that it can be stopped while it works
-            scheduling_strategy=where,
+            scheduling_strategy=self._place_of(engine, 0),
         )
         shard = Puller(engine, self._count, self._queue)
         self._actors[engine] = actor.remote(self._job.model_dump(mode="json"), shard)
         self._stopped.discard(engine)
-        return self._actors[engine].work.remote()
+        meeting = self._actors[engine].meeting.remote() if spread else None
+        if spread:
+            self._start_ranks(engine, meeting)
+        return self._actors[engine].work.remote(meeting)
+
+    def _start_ranks(self, engine: int, meeting: Any) -> None:
+        for rank in self._ranks.get(engine, ()):
+            ray.kill(rank)
+        ranks = self._job.engine.ranks
+        self._ranks[engine] = []
+        for rank in range(ranks):
+            actor = ray.remote(RankActor).options(
+                num_cpus=0,
+                num_gpus=int(self._needs["GPU"] > 0),
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=self._place_of(engine, rank * self._nodes // ranks),
+            )
+            self._ranks[engine].append(actor.remote())
+            self._ranks[engine][-1].serve.remote(rank, meeting)
+
+    def _place_of(self, engine: int, node: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self._groups[engine], placement_group_bundle_index=node)
 
     def _lost(self, engine: int) -> EngineError | None:
         """Have the others do what it had. An error: there is no way on."""
@@ -243,11 +285,12 @@ class Fleet:
 
 
 def _gpus(job: Job) -> int:
-    """That an engine takes. Its ranks are processes of one machine."""
+    """That an engine takes."""
     on_gpu = job.engine.backend != "echo" and job.engine.device != "cpu" and "GPU" in ray.cluster_resources()
-    return job.engine.tp * job.engine.pp if on_gpu else 0
+    return job.engine.ranks if on_gpu else 0
 
 
-def _room(needs: dict[str, int]) -> int:
+def _room(needs: dict[str, int], nodes: int) -> int:
     """How many engines fit."""
-    return max(1, min(int(ray.cluster_resources().get(name, 0) // amount) for name, amount in needs.items() if amount))
+    has = ray.cluster_resources()
+    return max(1, min(int(has.get(name, 0) // amount) // nodes for name, amount in needs.items() if amount))

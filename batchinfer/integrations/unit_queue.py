@@ -90,3 +90,4 @@ def _add(total: Tally, more: Tally) -> None:
     for name in ("rows", "failed", "prompt_tokens", "completion_tokens"):
         setattr(total, name, getattr(total, name) + getattr(more, name))
     total.finish_reasons.update(more.finish_reasons)
+    total.failures.update(more.failures)

@@ -12,12 +12,12 @@ import pytest
 
 from batchinfer import log
 from batchinfer.backends.echo import EchoBackend
-from batchinfer.data.metrics import BY_REASON, METRICS, Exporter, TextFile
+from batchinfer.data.metrics import LABELLED, METRICS, Exporter, TextFile
 from batchinfer.request import Completion
 from tests.echo_jobs import echo_job, run_echo, texts, write
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(r'(\w+)\{job="([^"]*)",model="([^"]*)",shard="([^"]*)"(?:,finish_reason="(\w+)")?\} (\S+)')
+LINE = re.compile(r'(\w+)\{job="([^"]*)",model="([^"]*)",shard="([^"]*)"(?:,(?:finish_)?reason="([^"]+)")?\} (\S+)')
 
 
 class Failing(EchoBackend):
@@ -25,7 +25,11 @@ class Failing(EchoBackend):
 
     def generate(self, requests):
         for number, completion in enumerate(super().generate(requests)):
-            yield Completion(completion.key, prompt_tokens=3, error="no luck") if number % 10 == 9 else completion
+            yield (
+                Completion(completion.key, prompt_tokens=3, error="no luck with 'row number', 3 of 4")
+                if number % 10 == 9
+                else completion
+            )
 
 
 @pytest.fixture
@@ -50,6 +54,8 @@ def test_the_text_file_ends_with_the_numbers_of_the_summary(folder):
     assert told["batchinfer_rows"] == told["batchinfer_rows_done"] == told["batchinfer_rows_computed_total"] == 200
     assert told["batchinfer_rows_failed_total"] == summary.run.failed == 20
     assert told["batchinfer_completions_total/error"] == 20
+    assert told["batchinfer_failures_total/no luck with …, N of N"] == 20
+    assert summary.as_dict()["job"]["failures"] == {"no luck with 'row number', N of N": 20}
     assert told["batchinfer_prompt_tokens_total"] == summary.run.prompt_tokens
     assert told["batchinfer_completion_tokens_total"] == summary.run.completion_tokens
     assert told["batchinfer_running"] == 0 and told["batchinfer_exit_code"] == summary.exit_code
@@ -121,7 +127,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked += [variable["query"] for variable in dashboard["templating"]["list"]]
     names = set(re.findall(r"batchinfer_\w+", " ".join(asked)))
-    assert len(names) > 8 and names <= {metric.name for metric in (*METRICS, BY_REASON)}
+    assert len(names) > 8 and names <= {metric.name for metric in (*METRICS, *LABELLED.values())}
 
 
 def test_a_span_and_gauges_go_through_the_sdk(folder):

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from batchinfer.cli import main
 from batchinfer.data import openai_batch
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.look import standing
 from batchinfer.data.openai_batch import export_requests
 from batchinfer.data.openai_results import import_results
+from batchinfer.data.standing import standing
 from batchinfer.errors import DriftError, InputError, OutputError
 from tests.echo_jobs import echo_job, read_output, run_echo, texts, write
 

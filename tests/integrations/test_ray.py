@@ -8,11 +8,15 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import batchinfer
 from tests.echo_jobs import read_output, texts, tokenizer_dir, write
+from tests.engine.tiny import make_model
+from tests.integrations.ray_script import stages_job
 
 ROOT = Path(__file__).parents[2]
 ROWS = 1400
@@ -37,7 +41,8 @@ LONG = pytest.mark.skipif("RAY_ALL" not in os.environ, reason="takes a minute: `
 def test_two_engines_answer_every_row_once(tmp_path, number):
     write(tmp_path / "in" / "a.parquet", texts(ROWS), row_group_size=150)
     run = start(tmp_path)
-    wait_for_answers(tmp_path, 300, run)
+    answers = tmp_path / "answers"
+    wait_for(lambda: answers.exists() and len(answers.read_text().splitlines()) >= 300, run)
     engines = [int(pid) for pid in (tmp_path / "answers.pids").read_text().split()]
     assert len(engines) == 2
     os.kill(engines[0] if number == signal.SIGKILL else run.pid, number)
@@ -59,6 +64,24 @@ def test_two_engines_answer_every_row_once(tmp_path, number):
     assert len(answered) == ROWS and again <= (64 if number == signal.SIGKILL else 0)
 
 
+@LONG
+def test_an_engine_over_two_nodes_comes_back_when_a_rank_is_killed_and_says_what_one_process_says(tmp_path):
+    write(tmp_path / "in" / "a.parquet", texts(ROWS), row_group_size=150)
+    make_model(tmp_path / "model", "llama")
+    run = start(tmp_path)
+    wait_for(lambda: len(list((tmp_path / "out.batchinfer" / "commits").glob("*.json"))) > 4, run)
+    ranks = [path.parent for path in Path("/proc").glob("*/cmdline") if b"RankActor.serve" in path.read_bytes()]
+    assert len(ranks) == 2
+    os.kill(int(ranks[1].name), signal.SIGKILL)
+    said, errors = run.communicate(timeout=180)
+    assert run.returncode == 0, errors
+    told = json.loads(said.splitlines()[-1])
+    assert told["state"] == "complete" and told["job"]["rows"] == ROWS and told["load"]["details"]["restarts"] == 1
+    here = stages_job(tmp_path, output__path=str(tmp_path / "here" / "out"), engine__isolation="none")
+    batchinfer.run(here.changed({"engine.pp": 1}), progress=False)
+    assert read_output(tmp_path).equals(read_output(tmp_path / "here"))
+
+
 def start(folder: Path) -> subprocess.Popen:
     tokenizer_dir()
     env = {
@@ -69,8 +92,7 @@ def start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_answers(folder: Path, count: int, run: subprocess.Popen) -> None:
-    answers = folder / "answers"
-    while not answers.exists() or len(answers.read_text().splitlines()) < count:
+def wait_for(happened: Callable[[], bool], run: subprocess.Popen) -> None:
+    while not happened():
         assert run.poll() is None, run.communicate()
         time.sleep(0.1)
