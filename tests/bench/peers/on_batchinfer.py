@@ -6,10 +6,9 @@ from measured import Work, main
 def open_engine(work: Work):
     from batchinfer import Engine, Request, SamplingParams
 
-    quantization = {"quantization": "smoothquant"} if work.dtype == "int8" else {}
-    engine = Engine(work.model, dtype="bfloat16", threads=work.threads, progress=False, **quantization)
+    engine = Engine(work.model, threads=work.threads)
 
-    def generate(requests):
+    def generate(requests, shared):
         jobs = [Request(i, ids, SamplingParams(max_tokens=n, ignore_eos=True)) for i, (ids, n) in enumerate(requests)]
         return sum(len(done.outputs[0].token_ids) for done in engine.generate(jobs))
 

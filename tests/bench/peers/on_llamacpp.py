@@ -13,8 +13,7 @@ def open_engine(work: Work):
     model_params = llama.llama_model_default_params()
     model = llama.llama_model_load_from_file(work.model.encode(), model_params)
     params = llama.llama_context_default_params()
-    longest = max(len(ids) + tokens for ids, tokens in work.requests)
-    params.n_ctx = SLOTS * longest + 512
+    params.n_ctx = SLOTS * work.longest + 512
     params.n_batch = params.n_ubatch = STEP
     params.n_seq_max = SLOTS + 1
     params.n_threads = params.n_threads_batch = work.threads
@@ -36,8 +35,7 @@ def open_engine(work: Work):
         logits = (np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), (vocabulary,)) for i in rows)
         return [int(row.argmax()) for row in logits]
 
-    def generate(requests):
-        shared = work.shared if len(requests) > 1 and len(requests[0][0]) > work.shared else 0
+    def generate(requests, shared):
         if shared:
             prefix = requests[0][0][:shared]
             for first in range(0, shared, STEP):

@@ -14,7 +14,7 @@ def open_engine(work: Work):
     properties = {"INFERENCE_NUM_THREADS": work.threads, "INFERENCE_PRECISION_HINT": "bf16"}
     engine = genai.ContinuousBatchingPipeline(work.model, scheduler, "CPU", properties)
 
-    def generate(requests):
+    def generate(requests, shared):
         import numpy as np
 
         prompts = [ov.Tensor(np.array([ids], np.int64)) for ids, _ in requests]

@@ -12,7 +12,7 @@ def open_engine(work: Work):
     torch.set_num_threads(work.threads)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16).eval()
 
-    def generate(requests):
+    def generate(requests, shared):
         for first in range(0, len(requests), BATCH):
             batch = requests[first : first + BATCH]
             width, tokens = max(len(ids) for ids, _ in batch), max(n for _, n in batch)

@@ -9,10 +9,9 @@ def open_engine(work: Work):
 
     torch.set_num_threads(work.threads)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16).eval()
-    longest = max(len(ids) + tokens for ids, tokens in work.requests)
-    batching = {"page_size": 32, "num_blocks": -(-longest // 32) * 128, "max_batch_tokens": 512}
+    batching = {"page_size": 32, "num_blocks": -(-work.longest // 32) * 128, "max_batch_tokens": 512}
 
-    def generate(requests):
+    def generate(requests, shared):
         manager = model.continuous_batching_context_manager(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=256),
             continuous_batching_config=ContinuousBatchingConfig(**batching),

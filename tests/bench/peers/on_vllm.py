@@ -14,7 +14,7 @@ def open_engine(work: Work):
 
     engine = LLM(work.model, dtype="bfloat16", max_model_len=1024, skip_tokenizer_init=True, max_num_seqs=256)
 
-    def generate(requests):
+    def generate(requests, shared):
         prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in requests]
         done = engine.generate(prompts, params, use_tqdm=False)

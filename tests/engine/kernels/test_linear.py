@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from batchinfer.engine.kernels.activation import silu_mul
 from batchinfer.engine.kernels.cpu import linear as cpu
 from batchinfer.engine.kernels.linear import load_linear
 from batchinfer.engine.kernels.linear.fp8 import quantize_e4m3
@@ -17,6 +18,7 @@ from tests.engine.tiny import DEVICES
 QUANTIZE = {
     "int8": int8.quantize,
     "w8a8": int8.quantize_w8a8,
+    "weight": lambda weight: {"weight": weight.bfloat16()},
     "fp8": fp8.quantize,
     "int4-32": lambda weight: int4.quantize(weight, 32),
     "int4-128": lambda weight: int4.quantize(weight, 128),
@@ -32,7 +34,7 @@ def expected(form: str, x: torch.Tensor, made: dict[str, torch.Tensor]) -> torch
     if form in ("w8a8", "fp8"):
         codes, scale = (quantize_int8 if form == "w8a8" else quantize_e4m3)(x)
         x = codes.float() * scale
-    return F.linear(x.float(), made[form].float() * made["scale"][:, None])
+    return F.linear(x.float(), made[form].float() * (made["scale"][:, None] if "scale" in made else 1))
 
 
 @pytest.fixture(params=["fast", "reference"])
@@ -60,6 +62,49 @@ def test_a_linear_is_the_product_of_the_numbers_it_stands_for(products, device, 
         wanted = expected(form, x, made) + (0 if given is None else given.float())
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", ["weight", "w8a8"])
+def test_gate_and_up_become_their_product_at_once(form, threads):
+    if cpu.operators() is None or not cpu.operators().best_bf16():
+        pytest.skip("this CPU has no products that gate")
+    torch.set_num_threads(threads)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        tokens, inputs, half = (int(torch.randint(1, most, ())) for most in (90, 150, 12))
+        inputs, half = inputs * 2, half * 16
+        x, weight = torch.randn(tokens, inputs).bfloat16(), torch.randn(2 * half, inputs) * 0.3
+        group = {f"gate_up.{part}": tensor for part, tensor in QUANTIZE[form](weight).items()}
+        if seed % 2:
+            group["gate_up.bias"] = torch.randn(2 * half).bfloat16()
+        linear = load_linear(group, "gate_up")
+        out = torch.full((tokens, half), float("nan"), dtype=torch.bfloat16)
+        assert linear.gated(x, out) is out
+        torch.testing.assert_close(out, silu_mul(linear(x), torch.empty_like(out)), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("outputs", [64, 77])
+def test_rows_of_a_weight_can_be_read_in_any_order(outputs):
+    weight = torch.randn(outputs, 40).bfloat16()
+    linear = load_linear({"o.weight": weight}, "o")
+    if linear.rows is None:
+        pytest.skip("this CPU's product keeps its weight to itself")
+    channels = torch.randint(0, outputs, (50,))
+    assert torch.equal(linear.rows(channels), weight[channels])
+
+
+@pytest.mark.parametrize("form", ["weight", "w8a8"])
+def test_a_row_is_the_same_bits_with_any_others_and_any_threads(form):
+    weight = torch.randn(176, 64)
+    linear = load_linear({f"o.{part}": tensor for part, tensor in QUANTIZE[form](weight).items()}, "o")
+    x = torch.randn(101, 64).bfloat16()
+    together = linear(x)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(linear(x), together)
+        assert torch.equal(linear(x[40:41]), together[40:41])
+        assert torch.equal(linear(x[7:60]), together[7:60])
 
 
 def test_an_infinite_or_missing_number_is_not_hidden_by_rounding(products):

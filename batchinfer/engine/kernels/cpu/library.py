@@ -157,12 +157,14 @@ _TYPED = {  # one for each of f32 and bf16
     "rope_write": (None, [_POINTER] * 7 + [_FLOAT, _POINTER, _INT]),
     "attend": (None, [_POINTER] * 5 + [_INT]),
     "sample": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
-    "linear_w8a8": (None, [_POINTER] * 6 + [_LONG] * 3 + [_INT]),
+    "linear_w8a8": (None, [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2),
 }
 _SIGNATURES = {f"{name}_{suffix}": signature for name, signature in _TYPED.items() for suffix in ("f32", "bf16")} | {
     "want_huge_pages": (None, [_POINTER, _LONG]),
+    "linear_bf16": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2),
     "linear_widened_bf16": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
-    "quantized_linears": (_INT, []),
+    "dot_products": (_INT, []),
+    "best_bf16": (_INT, []),
     "vector_floats": (_INT, []),
     "native_bf16": (_INT, []),
     "openmp_threads": (_INT, []),

@@ -1,4 +1,4 @@
-"""Products with quantised weights in C++: how the weights are laid out, and the calls."""
+"""Products in C++: how the weights are laid out, and the calls."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor
 from batchinfer.engine.kernels.cpu.library import library
 
 CHANNELS = 16  # output channels of a block: the lanes of a vector
-FORMS = {"int8": 0, "int4": 1, "fp8": 2}  # as in linear.cpp
+FORMS = {"int8": 0, "int4": 1, "fp8": 2}  # as in widened.cpp
 
 
 def operators() -> ctypes.CDLL | None:
     """The library, if this CPU has the instructions that the products are made of (AVX512-VNNI and -BF16)."""
     made = library()
-    return made if made is not None and made.quantized_linears() else None
+    return made if made is not None and made.dot_products() else None
 
 
 def in_blocks(codes: Tensor, lane: int) -> Tensor:
     """``[N, K]`` → ``[N / 16, K / lane, 16, lane]``, zeros where N or K is no multiple."""
+    codes = codes.view(torch.uint8)
     channels, inputs = codes.shape
-    padded = F.pad(codes.view(torch.uint8), (0, -inputs % lane, 0, -channels % CHANNELS))
+    missing = (0, -inputs % lane, 0, -channels % CHANNELS)
+    padded = F.pad(codes, missing) if any(missing) else codes
     return padded.view(-1, CHANNELS, padded.shape[1] // lane, lane).transpose(1, 2).contiguous()
 
 
@@ -33,35 +35,52 @@ def channels_in_blocks(values: Tensor) -> Tensor:
     return padded.view(-1, CHANNELS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-class W8A8Product:
-    """x float32 or bfloat16 ``[T, K]``, rounded to 8 bits a token, times int8 ``[N, K]``."""
+class Product:
+    """x ``[T, K]`` times ``[N, K]`` in blocks, plus bias ``[N]``; ``arguments`` are what the operator takes of them."""
 
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        self._operators = operators()
-        self.shape = weight.shape
-        self._codes = in_blocks(weight, 4)
-        self._scale = channels_in_blocks(scale[:, None])
-        # Activations are unsigned there, 128 too much: what that adds to the sums is taken off again.
-        self._offset = (channels_in_blocks(weight.int().sum(1)[:, None].float()) * 128).int()
+    def __init__(self, shape: torch.Size, bias: Tensor | None, *arguments: Tensor) -> None:
+        self.shape = shape
+        self._held = (*arguments, bias)
+        self._arguments = [None if tensor is None else tensor.data_ptr() for tensor in self._held]
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        channels, inputs = self.shape
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._into(x, torch.empty(len(x), self.shape[0], dtype=x.dtype), False)
+
+    def gated(self, x: Tensor, out: Tensor) -> Tensor:
+        """``out [T, N / 2]``: silu of the first half of the channels times the others. N is a multiple of 32."""
+        return self._into(x, out, True)
+
+    def _into(self, x: Tensor, out: Tensor, gated: bool) -> Tensor:
         x = x.contiguous()
-        y = torch.empty(len(x), channels, dtype=x.dtype)
-        name = "linear_w8a8_bf16" if x.dtype == torch.bfloat16 else "linear_w8a8_f32"
-        getattr(self._operators, name)(
-            x.data_ptr(),
-            self._codes.data_ptr(),
-            self._scale.data_ptr(),
-            self._offset.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            len(x),
-            channels,
-            inputs,
-            torch.get_num_threads(),
-        )
-        return y
+        assert out.is_contiguous() and x.dtype == out.dtype
+        threads = torch.get_num_threads()
+        self._operators[x.dtype](x.data_ptr(), *self._arguments, out.data_ptr(), len(x), *self.shape, gated, threads)
+        return out
+
+
+class BFloat16Product(Product):
+    """bfloat16 times bfloat16; K is even."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._codes = in_blocks(weight, 4)
+        super().__init__(weight.shape, bias, self._codes)
+        self._operators = {torch.bfloat16: operators().linear_bf16}
+
+    def rows(self, channels: Tensor) -> Tensor:
+        """Those rows of the weight, bfloat16 ``[len(channels), K]``."""
+        pairs = self._codes.view(torch.int32)[channels // CHANNELS, :, channels % CHANNELS, 0]
+        return pairs.contiguous().view(torch.bfloat16)
+
+
+class W8A8Product(Product):
+    """float32 or bfloat16, rounded to 8 bits a token, times int8."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        # Activations are unsigned there, 128 too much: what that adds to the sums is taken off again.
+        offset = (channels_in_blocks(weight.sum(1, dtype=torch.int32)[:, None].float()) * 128).int()
+        super().__init__(weight.shape, bias, in_blocks(weight, 4), channels_in_blocks(scale[:, None]), offset)
+        made = operators()
+        self._operators = {torch.float32: made.linear_w8a8_f32, torch.bfloat16: made.linear_w8a8_bf16}
 
 
 class WidenedProduct:

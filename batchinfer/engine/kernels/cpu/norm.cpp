@@ -36,17 +36,6 @@ void add_rms_norm(float* residual, const T* delta, const float* weight, float ep
                          hidden);
 }
 
-// g / (1 + e^-g), as exactly as T can tell.
-INLINE vf silu(vf g, float) { return g / (1.0f + exp(-g)); }
-INLINE vf silu(vf g, bf16) {
-    const vf below = 1.0f + exp2<3>(min(g * -1.44269504f, all(126.f)));
-#if defined(__AVX512F__)
-    return g * (vf)_mm512_rcp14_ps((__m512)below);
-#else
-    return g / below;
-#endif
-}
-
 template <class T>
 void silu_mul_row(const T* gate, const T* up, T* out, int64_t n) {
     int64_t i = 0;

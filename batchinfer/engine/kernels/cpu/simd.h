@@ -205,3 +205,14 @@ INLINE vf exp2(vf x) {
     return x < all(-126.f) ? vf{} : y;
 #endif
 }
+
+// ---- g / (1 + e^-g), as exactly as T can tell.
+INLINE vf silu(vf g, float) { return g / (1.0f + exp(-g)); }
+INLINE vf silu(vf g, bf16) {
+    const vf below = 1.0f + exp2<3>(min(g * -1.44269504f, all(126.f)));
+#if defined(__AVX512F__)
+    return g * (vf)_mm512_rcp14_ps((__m512)below);
+#else
+    return g / below;
+#endif
+}

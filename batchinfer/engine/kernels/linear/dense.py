@@ -19,16 +19,44 @@ class Linear:
     # them quantised already, so that whoever computes them can do it in passing: ``linear(x_fp8, x_scale [T, 1])``.
     input_dtype: ClassVar[torch.dtype | None] = None
 
+    # x ``[T, K]``, out ``[T, N / 2]``: SwiGLU's silu(first half of the channels) * second half, computed with the
+    # product; None where that takes a pass of its own.
+    gated: Callable[[Tensor, Tensor], Tensor] | None = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
+
+    def rows(self, channels: Tensor) -> Tensor:
+        """Those rows of the weight, ``dtype[len(channels), K]``; the method is None where they cannot be read."""
+        return self.weight[channels]
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
+class BlockedLinear(Linear):
+    """bfloat16 by our own product, see ``cpu.linear``: faster than oneDNN's on AVX512-BF16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        from batchinfer.engine.kernels.cpu.linear import BFloat16Product
+
+        super().__init__(None, bias)  # kept once, in the layout of the product
+        self._product = BFloat16Product(weight, bias)
+        if gates(weight):
+            self.gated = self._product.gated
+
+    def rows(self, channels: Tensor) -> Tensor:
+        return self._product.rows(channels)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+
 class PackedLinear(Linear):
     """bfloat16 on a CPU: oneDNN's blocked layout, packed once, 1.3 to 1.9 times faster at decode batches."""
+
+    rows = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS), bias)
@@ -40,13 +68,19 @@ class PackedLinear(Linear):
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest Linear for where ``weight`` lies."""
-    packs = (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return Linear(weight, bias)
+    from batchinfer.engine.kernels.cpu import linear as cpu
+
+    if (made := cpu.operators()) is not None and made.best_bf16() and weight.shape[1] % 2 == 0:
+        return BlockedLinear(weight, bias)
+    packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (PackedLinear if packs else Linear)(weight, bias)
+
+
+def gates(weight: Tensor) -> bool:
+    """Whether the halves of the channels are whole blocks of the CPU's products."""
+    return weight.shape[0] % 32 == 0
 
 
 def widened_product(

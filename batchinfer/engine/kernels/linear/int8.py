@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer.engine.kernels.linear.dense import Linear, widened_product
+from batchinfer.engine.kernels.linear.dense import Linear, gates, widened_product
 
 MOST = 127  # magnitudes are symmetric: -128 is not used
 _ALIGNED, _FEWEST_ROWS = 8, 32  # what torch's own int8 product asks of a GPU
@@ -44,8 +44,10 @@ class W8A8Linear(Linear):
             from batchinfer.engine.kernels.cpu import linear as cpu
 
             if cpu.operators() is not None:
-                self._product = cpu.W8A8Product(w8a8, scale)
+                self._product = cpu.W8A8Product(w8a8, scale, bias)
                 self.weight = None  # kept once, in the layout of the product
+                if gates(w8a8):
+                    self.gated = self._product.gated
 
     def __call__(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """
@@ -54,7 +56,7 @@ class W8A8Linear(Linear):
         """
         if self._product is not None:
             x = x if x_scale is None else (x.float() * x_scale).bfloat16()
-            return self._product(x, self.bias)
+            return self._product(x)
         dtype = x.dtype if x_scale is None else torch.bfloat16
         if x_scale is None:
             x, x_scale = quantize_int8(x)
