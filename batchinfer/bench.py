@@ -57,7 +57,7 @@ def engine(
     run = runs[len(runs) // 2]
     peak = _peak_rss_mb()  # before the floor is measured, which takes memory of its own
     ranks = opened.stage.details()
-    floor = 0.0 if ranks else _floor_seconds(opened, jobs)
+    floor = 0.0 if ranks else floor_seconds(opened, jobs)
     opened.close()
     return {
         "bench": "engine",
@@ -104,7 +104,7 @@ def _timed_run(opened: Engine, jobs: list[Request]) -> dict[str, float]:
     }
 
 
-def _floor_seconds(opened: Engine, jobs: list[Request]) -> float:
+def floor_seconds(opened: Engine, jobs: list[Request]) -> float:
     """Seconds that the hardware needs for ``jobs``, by rates measured now with the engine's own weights."""
     import torch
 

