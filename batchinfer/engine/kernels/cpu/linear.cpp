@@ -26,9 +26,9 @@ void linear_dense(const bf16* x, const uint8_t* weights, const bf16* bias, bf16*
     const Output<bf16> to{bias, y, n, gated ? n / 2 : n};
 #pragma omp parallel num_threads(threads) if (rows * n * k > WORTH_A_THREAD)
     multiply<__m512>(x, k, rows, weights, blocks, apart, k / 2, team(), member(),
-                         [&](int64_t row, int64_t block, __m512 one, __m512 two) __attribute__((always_inline)) {
-                             put(to, gated, row, block, block + apart, (vf)one, (vf)two);
-                         });
+                     [&](int64_t row, int64_t block, __m512 one, __m512 two) __attribute__((always_inline)) {
+                         put(to, gated, row, block, block + apart, (vf)one, (vf)two);
+                     });
 }
 
 // x / scale + 128, so that 0 becomes 128; returns the scale. Where something is not finite, the scale is NaN.
@@ -83,11 +83,10 @@ void linear_w8a8(const T* x, const uint8_t* weights, const float* scale, const i
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) row_scale[r] = quantize_row(x + r * k, k, q + r * padded, padded);
         multiply<__m512i>(q, padded, rows, weights, blocks, apart, steps, team(), member(),
-                              [&](int64_t row, int64_t block, __m512i one, __m512i two)
-                                  __attribute__((always_inline)) {
-                                      put(to, gated, row, block, block + apart, value(row, block, one),
-                                          value(row, block + apart, two));
-                                  });
+                          [&](int64_t row, int64_t block, __m512i one, __m512i two) __attribute__((always_inline)) {
+                              put(to, gated, row, block, block + apart, value(row, block, one),
+                                  value(row, block + apart, two));
+                          });
     }
 }
 

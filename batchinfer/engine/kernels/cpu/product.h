@@ -121,7 +121,7 @@ struct Output {
 // their number is odd, the last block comes twice.
 template <class Sum, class X, class Finish>
 INLINE void multiply(const X* x, int64_t stride, int64_t rows, const uint8_t* weights, int64_t blocks, int64_t apart,
-                int64_t steps, int threads, int thread, Finish finish) {
+                     int64_t steps, int threads, int thread, Finish finish) {
     const int64_t spans = apart == 1 ? (blocks + 1) / 2 : apart, most = (rows + TALL - 1) / TALL;
     int64_t parts = 1;
     while (parts < most && (spans * parts + threads - 1) / threads * threads * 8 > spans * parts * 9) ++parts;

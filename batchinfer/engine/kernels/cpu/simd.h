@@ -206,7 +206,8 @@ INLINE vf exp2(vf x) {
 #endif
 }
 
-// ---- g / (1 + e^-g), as exactly as T can tell.
+// ---- SiLU, g / (1 + e^-g), as exactly as T can tell
+
 INLINE vf silu(vf g, float) { return g / (1.0f + exp(-g)); }
 INLINE vf silu(vf g, bf16) {
     const vf below = 1.0f + exp2<3>(min(g * -1.44269504f, all(126.f)));
