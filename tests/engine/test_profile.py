@@ -16,7 +16,7 @@ WHOLE = Profile.of({}, "cpu", 8192)
 def test_a_number_is_the_most_and_the_rest_is_chosen():
     made = Profile.of({"batch_size": 64, "seq_len": {"opt": 100, "max": 300}}, "cpu", 8192)
     assert made == Profile(64, 512, 300, opt=Shape(64, 512, 100), min=Shape(1, 1, 1))
-    assert WHOLE.seq_len == 8192 and WHOLE.opt.seq_len == 512, "memory is for sequences as they usually are"
+    assert WHOLE.seq_len == 8192 and WHOLE.opt.seq_len == 128, "memory is for sequences as they usually are"
     assert Profile.of({}, "cuda", 2048) == Profile(1024, 8192, 2048)
 
 
@@ -43,7 +43,7 @@ def test_a_profile_is_read_as_it_was_written():
 
 
 def test_a_plan_is_asked_only_for_what_is_said():
-    assert WHOLE.differs({"batch_size": 0, "seq_len": {"min": 0, "opt": 512, "max": 8192}}) is None
+    assert WHOLE.differs({"batch_size": 0, "seq_len": {"min": 0, "opt": 128, "max": 8192}}) is None
     assert WHOLE.differs({"seq_len": 256}) == "seq_len 8192, not 256"
     assert WHOLE.differs({"batch_size": {"opt": 7}}) == "batch_size.opt 128, not 7"
 
@@ -58,8 +58,8 @@ def test_short_rows_make_a_narrow_profile_with_more_of_them_beside_the_whole_one
     narrow, whole = fit(WHOLE, Sample(prompts=(20, 40, 60), completions=(30, 30, 30)))
     assert whole == WHOLE
     assert narrow.seq_len == 96 and narrow.opt.seq_len == 70 and narrow.min.seq_len == 50
-    assert narrow.batch_size == 256 == narrow.opt.batch_size
-    assert narrow.opt.step_tokens == min(512, -(-256 * 70 // 30))
+    assert narrow.batch_size == 224 == narrow.opt.batch_size
+    assert narrow.opt.step_tokens == min(512, -(-224 * 70 // 30))
 
 
 def test_rows_as_long_as_the_model_takes_leave_one_profile_with_its_limits():
