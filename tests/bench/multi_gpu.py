@@ -131,7 +131,7 @@ def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, 
             if speeds and layout.gpus > 1:
                 run["link_share"] = round(run["bytes_sent"] / run["seconds"] / layout.gpus / speeds["send"], 4)
             _tell(kind="speed", model=plan.model, layout=str(layout), workload=name, **run)
-    if importlib.util.find_spec("vllm") is not None:
+    if asked.device == "cuda" and importlib.util.find_spec("vllm") is not None:
         for tp, pp in ((asked.gpus, 1), (1, asked.gpus)):
             for name, rate in vllm(shape, asked.mode, list(jobs), left() / 2, tp, pp, count).items():
                 _tell(kind="vllm", model=plan.model, tp=tp, pp=pp, workload=name, output_tok_s=rate)
