@@ -1,7 +1,8 @@
-"""Where built things are kept between runs: engine plans, tokenizers, compiled kernels."""
+"""Where built and measured things are kept between runs: engine plans, tokenizers, compiled kernels, timings."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,6 +47,28 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def kept(kind: str, key: str) -> Any:
+    """What ``keep`` kept; None if nothing, or nothing readable, is there."""
+    try:
+        return json.loads(_file(kind, key).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(kind: str, key: str, value: Any) -> None:
+    """Remember something that JSON can hold; where nothing can be written it is forgotten."""
+    file = _file(kind, key)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(value), "utf-8")
+        scratch.replace(file)
+
+
+def _file(kind: str, key: str) -> Path:
+    return cache_root() / kind / f"{key[:24]}.json"
 
 
 def digest(value: Any) -> str:

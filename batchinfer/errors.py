@@ -37,6 +37,10 @@ class ModelError(JobError):
     """The model folder or engine plan cannot be used as it is."""
 
 
+class StalePlanError(ModelError):
+    """The engine plan was built for another device, or by a version that wrote plans differently."""
+
+
 class InputError(JobError):
     """The input is missing, unreadable as Parquet, or lacks a column."""
 

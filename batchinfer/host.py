@@ -21,6 +21,13 @@ def available_cores(root: Path = Path("/")) -> int:
     return cores
 
 
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets, by the names that Linux has for them; none where it does not tell."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    told = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return frozenset(told.partition(":")[2].split())
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that the host could give, at most what the control group may hold."""
     lines = _read(root / "proc/meminfo").splitlines()

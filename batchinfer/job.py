@@ -264,9 +264,12 @@ class BuildSection(Section):
     quantization: Literal["auto", "none", "fp8", NativeSchemes, TensorRTSchemes] = Field(
         "auto", description="how the weights of layers are kept; auto: as the model comes; each backend has its own"
     )
+    rebuild: bool = Field(
+        False, description="build engine.plan again, in its place, where it is another device's or version's"
+    )
     calibration_rows: int = Field(512, ge=1, description="prompts of the job that a build calibrates with")
     kv_dtype: Literal["auto", "fp8", "int8", "nvfp4"] = Field(
-        "auto", description="keys and values; fp8, on GPUs: half the memory, half the reading; others: tensorrt-llm"
+        "auto", description="keys and values; int8 on CPUs, fp8 on GPUs: half the memory; more in tensorrt-llm"
     )
     group_size: int = Field(0, ge=-1, description="4-bit weights that share a scale; -1: all of a row, 0: 128")
     max_quality_loss: float = Field(

@@ -256,3 +256,31 @@ def test_the_console_leaves_with_its_code_after_all_that_is_registered_for_its_e
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith("not flushed yet, ") and done.stdout.endswith("told at the end\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "calibrated", "fitted"),
+    [
+        (["job.toml"], DEMO_MODEL, DEMO_MODEL, None),
+        (["--fit", "job.toml"], DEMO_MODEL, DEMO_MODEL, DEMO_MODEL),
+        (["--calibrate", "job.toml"], DEMO_MODEL, DEMO_MODEL, None),
+        (["-m", "other", "--calibrate", "job.toml"], "other", "other", None),
+        (["-m", "other", "--fit", "job.toml"], "other", None, "other"),
+        (["job.toml", "-m", "other"], "other", "other", None),
+        (["-m", "other"], "other", None, None),
+    ],
+)
+def test_a_build_takes_its_model_from_m_or_else_from_the_job_whose_rows_it_reads(
+    monkeypatch, words, model, calibrated, fitted
+):
+    asked = {}
+
+    def build_engine(job, output, **rows_of):
+        asked.update(model=job.model.path, **{what: of and of.model.path for what, of in rows_of.items()})
+        return Path("engine")
+
+    monkeypatch.setattr("batchinfer.backends.build_engine", build_engine)
+    result = invoke("build", *words)
+    assert result.exit_code == 0 and result.stdout == "engine\n"
+    assert asked == {"model": model, "calibrate": calibrated, "fit": fitted}
+    assert ("engine.plan=engine" in result.stderr) == (fitted is not None)

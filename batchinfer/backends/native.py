@@ -38,6 +38,7 @@ class NativeBackend:
             prefill=(options.prefill_tp, options.prefill_pp) if options.mode == "disaggregated" else None,
             trace=job.report.trace,
             prefix_sharing=options.prefix_sharing,
+            rebuild_from=job.model.path if job.build.rebuild else None,
             progress=progress,
             calibration=prompts(job),
             **job.build_options(),

@@ -90,6 +90,7 @@ def plan(
 @click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")
 @click.option("--quantization", metavar="SCHEME", help="How weights are kept: none, fp8, int8, gptq …")
 @click.option("--fit", "fitted", metavar="JOB.toml", help="Make a profile for the lengths of this job's rows.")
+@click.option("--explain", is_flag=True, help="Show which kernels were timed and chosen; of an engine folder as well.")
 @click.option("--calibrate", metavar="JOB.toml", help="Quantise with the prompts of this job; else of the job itself.")
 @set_option
 @log_format_option
@@ -101,6 +102,7 @@ def build(
     quantization: str | None,
     fitted: str | None,
     calibrate: str | None,
+    explain: bool,
     settings: tuple[str, ...],
 ) -> None:
     """Make an engine: convert a model once, for runs that start fast. `run` does it by itself if need be.
@@ -112,10 +114,14 @@ def build(
     batchinfer build nightly.toml -o engine/
     batchinfer build --fit nightly.toml --quantization int8 -o engine/
     batchinfer build -m MODEL --quantization gptq --calibrate nightly.toml
+    batchinfer build --explain engine/
     """
     from batchinfer.backends import build_engine
     from batchinfer.job import Job
 
+    if explain and job_file is not None and Path(job_file, "plan.json").is_file():
+        click.echo(_explained(Path(job_file)))
+        return
     if job_file is None and model is None:
         job_file = fitted or calibrate
     if job_file is None and model is None:
@@ -131,9 +137,15 @@ def build(
         return Job.load(file, {"model.path": job.model.path})
 
     path = build_engine(job, output, calibrate=rows_of(calibrate or job_file), fit=rows_of(fitted))
-    click.echo(str(path))
+    click.echo(_explained(path) if explain else str(path))
     if fitted is not None:
         click.echo(f"to run with it: batchinfer run {fitted} --set engine.plan={path}", err=True)
+
+
+def _explained(path: Path) -> str:
+    from batchinfer.engine.plan import EnginePlan
+
+    return EnginePlan.load(path).explain()
 
 
 _ANY_JOB = {"input.path": "-", "output.path": "-", "model.path": "-", "prompt.template": "-"}

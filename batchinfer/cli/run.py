@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 @click.option("--deadline", metavar="06:00", help="Stop taking up rows then; or an ISO date and time.")
 @click.option("--max-time", metavar="4h", help="Stop taking up rows after that long: 4h, 90m, 1h30m.")
 @click.option("--shard", metavar="I/N", help="Share the job with other runs: 0/4 is the first of four; or auto.")
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    default=None,
+    help="If engine.plan is another device's or version's, build it again in its place.",
+)
 @click.option("--trace", metavar="FILE", help="Write what the engine did when, for ui.perfetto.dev.")
 @click.option(
     "--ray",
@@ -108,6 +114,7 @@ _FLAGS = {
     "on_input_change": "input.on_change",
     "deadline": "limits.deadline",
     "max_time": "limits.max_time",
+    "rebuild": "build.rebuild",
     "trace": "report.trace",
     "shard": "job.shard",
 }

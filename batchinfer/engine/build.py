@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import batchinfer
 from batchinfer import pulse
 from batchinfer.cache import cache_root, digest, make_folder
+from batchinfer.engine import tactics
 from batchinfer.engine.model.source import ModelSource, code_digest, file_digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert, quantization_of
-from batchinfer.engine.plan import FORMAT, EnginePlan, device_name
-from batchinfer.engine.profile import Asked, Profile, Sample, fit, in_order, limits
+from batchinfer.engine.plan import FORMAT, EnginePlan, device_name, versions
+from batchinfer.engine.profile import Asked, Profile, Sample, as_asked, asks_nothing, fit, in_order, limits
 from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
 from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.quality import Quality
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError
 
+KV_MAX_LOSS = 0.01  # of perplexity that a build accepts of keys and values in 8 bits alone, unless told otherwise
 _CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
 
 
@@ -58,7 +63,7 @@ def build(
         profiles: instead of those: several, each as [engine.profile] in a job.
         fit_to: lengths of a job's rows that a profile is made for, beside the widest of those asked for.
         quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
-        kv_dtype: of keys and values in their pages, "fp8" (on GPUs) or "auto", which is ``dtype``.
+        kv_dtype: of keys and values in their pages, "int8" (on CPUs), "fp8" (on GPUs) or "auto", which is ``dtype``.
         group_size: weights that share a scale where the scheme has groups, -1 for one scale a row, 0 for a default.
         max_quality_loss: of perplexity, as a fraction, that quantising may cost; below 0 the scheme's own limit.
         calibration: rows of token ids that quantising is calibrated and measured with, read if they are needed;
@@ -81,11 +86,17 @@ def build(
             f"got {quantization!r}; or take the unquantised model"
         )
     check_kv_dtype(kv_dtype, device)
+    if come and kv_dtype == "int8":
+        raise ModelError(
+            f'build.kv_dtype = "int8" scales matrices before they are quantised, and those of {source.name} are '
+            f'quantised already ({come["quant_method"]}): use "auto", or take the unquantised model'
+        )
+    quantises = scheme is not None or kv_dtype != "auto" and not come
     if output is None:
         asked = [device_name(device), dtype, profiles, fit_to and asdict(fit_to), kv_dtype]
-        if scheme is not None:
+        if quantises:
             asked += [quantization, group_size, max_quality_loss, calibration_key]
-        key = digest([source.stat_digest(), code_digest(), FORMAT, asked])
+        key = digest([source.stat_digest(), code_digest(), tactics.kernels_digest(), FORMAT, asked])
         target = cache_root() / "engines" / f"{source.name.lower()}-{key[:16]}"
         if target.is_dir():
             return EnginePlan.load(target)
@@ -107,11 +118,11 @@ def build(
         write_tokenizer(source, folder / "tokenizer")
         (folder / "weights").mkdir()
         held = getattr(torch, dtype)
-        groups, quantizer = convert(source, spec, held, torch.float32 if scheme else None), None
-        if scheme is not None:
+        groups, quantizer = convert(source, spec, held, torch.float32 if quantises else None), None
+        if quantises:
             rows = _calibration_rows(calibration, limits(made).seq_len)
             rows = rows or default_rows(Text(folder / "tokenizer"), _CALIBRATION_TOKENS)
-            quantizer = Quantizer(scheme, group_size, spec, held, torch.device(device), rows)
+            quantizer = Quantizer(scheme, group_size, spec, held, torch.device(device), rows, kv_dtype)
             groups = quantizer(groups)
         shown = progress and sys.stderr.isatty()
         for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
@@ -120,7 +131,7 @@ def build(
         quality = quantizer and quantizer.quality
         if quality is not None:
             _judge(quality, scheme, max_quality_loss, progress)
-        EnginePlan(
+        plan = EnginePlan(
             path=folder,
             model=source.name,
             spec=spec,
@@ -136,11 +147,11 @@ def build(
                 "tensors": file_digest(sorted((folder / "weights").iterdir())),
                 "tokenizer": file_digest(sorted((folder / "tokenizer").iterdir())),
                 "device": device_name(device),
-                "torch": torch.__version__,
-                "batchinfer": batchinfer.__version__,
+                **versions(),
             },
             kv_dtype=kv_dtype,
-        ).save()
+        )
+        replace(plan, tactics=tactics.choose(plan)).save()
 
     try:
         make_folder(target, fill)
@@ -149,19 +160,48 @@ def build(
     return EnginePlan.load(target)
 
 
+def rebuild(model: str, folder: str | Path, **options: Any) -> EnginePlan:
+    """Build the plan in ``folder`` again from ``model``: for this device, and else as it was but for what is asked.
+
+    The old plan stays until the new one takes its place.
+
+    Raises:
+        ModelError: as ``build``.
+    """
+    folder = Path(folder).expanduser().resolve()
+    was = json.loads((folder / "plan.json").read_text("utf-8"))
+    kept = {name: was[name] for name in ("dtype", "group_size", "kv_dtype") if name in was}
+    if was.get("quality"):  # else its model came quantised, and comes so again
+        kept["quantization"] = was["quantization"]
+    if "profiles" in was:
+        kept["profiles"] = [as_asked(Profile.from_dict(profile)) for profile in was["profiles"]]
+    asked = {name: value for name, value in options.items() if name not in kept or value not in ("auto", 0)}
+    if all(map(asks_nothing, asked.get("profiles", ()))):
+        asked.pop("profiles", None)
+    fresh, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("fresh", "old"))
+    build(model, fresh, **kept | asked)
+    folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old)
+    return EnginePlan.load(folder)
+
+
 def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:
     """Evenly spread ones of ``calibration``, about _CALIBRATION_TOKENS together."""
     rows = [row[:longest] for row in calibration]
     return rows[:: -(-sum(map(len, rows)) // _CALIBRATION_TOKENS) or 1]
 
 
-def _judge(quality: Quality, scheme: Scheme, max_quality_loss: float, progress: bool) -> None:
-    most = scheme.max_loss if max_quality_loss < 0 else max_quality_loss
+def _judge(quality: Quality, scheme: Scheme | None, max_quality_loss: float, progress: bool) -> None:
+    most = max_quality_loss
+    if most < 0:
+        most = scheme.max_loss if scheme is not None else KV_MAX_LOSS
+    name = scheme.name if scheme is not None else "keys and values in 8 bits"
     if progress:
-        print(f"batchinfer: {scheme.name}: {quality}", file=sys.stderr, flush=True)
+        print(f"batchinfer: {name}: {quality}", file=sys.stderr, flush=True)
     if not quality.loss <= most:
         raise ModelError(
-            f"quantising to {scheme.name} loses too much: {quality}; build.max_quality_loss is {most:.1%}. "
+            f"quantising to {name} loses too much: {quality}; build.max_quality_loss is {most:.1%}. "
             "Raise it, lower build.group_size, calibrate with the job's own rows, or take another scheme"
         )
 
@@ -199,10 +239,14 @@ def check_kv_dtype(kv_dtype: str, device: str) -> None:
     Raises:
         ModelError: pages of ``device`` do not hold such keys and values.
     """
-    if kv_dtype not in ("auto", "fp8"):
-        raise ModelError(f"build.kv_dtype must be auto or fp8, got {kv_dtype!r}")
-    if kv_dtype == "fp8" and device != "cuda":
-        raise ModelError(f'build.kv_dtype = "fp8" is for CUDA devices, this engine is for {device!r}: use "auto"')
+    known = {"cpu": "int8", "cuda": "fp8"}
+    if kv_dtype not in ("auto", *known.values()):
+        raise ModelError(f"build.kv_dtype must be auto, {' or '.join(sorted(known.values()))}, got {kv_dtype!r}")
+    if kv_dtype not in ("auto", known[device]):
+        raise ModelError(
+            f'build.kv_dtype = "{kv_dtype}" is not for {device} devices: use "{known[device]}", which is as small, or '
+            '"auto"'
+        )
 
 
 def _read_config(source: ModelSource) -> tuple[DecoderSpec, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,18 +14,20 @@ import numpy as np
 import torch
 
 from batchinfer.engine.balance import check_partition
-from batchinfer.engine.build import build
+from batchinfer.engine.build import build, rebuild
 from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.pipeline import Pipeline
-from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.plan import EnginePlan, versions
 from batchinfer.engine.profile import Profile, Shape, in_order
 from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
 from batchinfer.engine.stage import Stage, Tokens
 from batchinfer.engine.text import Text
 from batchinfer.engine.trace import ENGINE, Trace
-from batchinfer.errors import EngineError, ModelError
+from batchinfer.errors import EngineError, ModelError, StalePlanError
 from batchinfer.host import available_cores
 from batchinfer.request import Completion, Output, Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -76,6 +79,7 @@ class Engine:
         prefill: tuple[int, int] | None = None,
         prefix_sharing: bool = True,
         trace: str | Path | None = None,
+        rebuild_from: str | None = None,
         **build_options: Any,
     ) -> None:
         """
@@ -90,12 +94,13 @@ class Engine:
             prefill: tp and pp of further ranks that compute prompts and send the keys and values to the others.
             prefix_sharing: share KV pages between requests that begin alike.
             trace: a file to write when the engine is closed, for ui.perfetto.dev: what ran where and when.
+            rebuild_from: the model to build a plan of again, in its place, if it is another device's or version's.
             build_options: passed to ``build``.
 
         Raises:
             ModelError: the model or plan cannot be used here.
         """
-        self.plan = open_plan(model, **build_options)
+        self.plan = open_plan(model, rebuild_from, **build_options)
         self.trace = Trace() if trace else None
         self._trace_file = trace
         if tp * pp == 1 and prefill is None:
@@ -291,15 +296,26 @@ class Engine:
         return Output(self.text.decode(said, sampling.stop), token_ids, sequence.finish_reason)
 
 
-def open_plan(model: str | Path | EnginePlan, **build_options: Any) -> EnginePlan:
+def open_plan(model: str | Path | EnginePlan, rebuild_from: str | None = None, **build_options: Any) -> EnginePlan:
     """
     Raises:
+        StalePlanError: ``model`` is a plan of another device or version, and there is nothing to rebuild it from.
         ModelError: ``model`` is a plan already, built with other options than those asked for.
     """
     if not isinstance(model, EnginePlan):
         if not (Path(model).expanduser() / "plan.json").is_file():
             return build(str(model), **build_options)
-        model = EnginePlan.load(model)
+        try:
+            model = EnginePlan.load(model)
+        except StalePlanError:
+            if rebuild_from is None:
+                raise
+            return rebuild(rebuild_from, model, **build_options)
+    for name, here in versions().items():
+        if (then := model.fingerprint.get(name, here)) != here:
+            log.warning(
+                "%s was built with %s %s, here is %s: build it again to time that", model.path, name, then, here
+            )
     for difference in _differences(model, build_options):
         raise ModelError(f"the plan {model.path} was built for {difference}: build another, or do not ask")
     return model

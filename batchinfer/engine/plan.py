@@ -2,7 +2,7 @@
 
 ```
 ENGINE/
-  plan.json               spec, dtype, profiles, fingerprint
+  plan.json               spec, dtype, profiles, fingerprint, tactics
   weights/embed.safetensors  layer-000.safetensors …  head.safetensors
   tokenizer/              tokenizer.json and its relatives
 ```
@@ -10,9 +10,11 @@ ENGINE/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import batchinfer
 from batchinfer.cache import digest
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.profile import Profile, Shape, limits
-from batchinfer.errors import ModelError
+from batchinfer.engine.tactics import Tactic, table
+from batchinfer.errors import ModelError, StalePlanError
+from batchinfer.host import cpu_flags
 
-FORMAT = 4
+FORMAT = 5
+_CPU_EXTRAS = {"avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm", "sve"}
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,16 @@ class EnginePlan:
     profiles: tuple[Profile, ...]  # narrow ones first
     eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
-    kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8
+    kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8 | int8
+    tactics: tuple[Tactic, ...] = ()  # what was timed; for anything else the engine takes what is likely to be fastest
 
     @classmethod
     def load(cls, path: str | Path) -> EnginePlan:
         """Read a plan folder.
 
         Raises:
-            ModelError: it is no plan, was written by another format version, or belongs to another device.
+            ModelError: it is no plan.
+            StalePlanError: it was written by another format version, or belongs to another device.
         """
         path = Path(path).expanduser().resolve()
         try:
@@ -60,8 +68,9 @@ class EnginePlan:
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path / 'plan.json'}: {error}") from None
         if value.get("format") != FORMAT:
-            raise ModelError(
-                f"{path} has plan format {value.get('format')}, this version reads {FORMAT}: build it again"
+            raise StalePlanError(
+                f"the plan {path} has format {value.get('format')}, this version reads {FORMAT}: "
+                "build it again, which `run --rebuild` does"
             )
         plan = cls(
             path=path,
@@ -76,12 +85,13 @@ class EnginePlan:
             eos_token_ids=tuple(value["eos_token_ids"]),
             fingerprint=value["fingerprint"],
             kv_dtype=value["kv_dtype"],
+            tactics=tuple(map(Tactic.from_dict, value["tactics"])),
         )
         plan._check_device()
         return plan
 
     def save(self) -> None:
-        value = {"format": FORMAT} | asdict(self)
+        value = {"format": FORMAT} | asdict(self) | {"tactics": [tactic.as_dict() for tactic in self.tactics]}
         del value["path"]
         (self.path / "plan.json").write_text(json.dumps(value, indent=1), "utf-8")
 
@@ -106,27 +116,44 @@ class EnginePlan:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    def explain(self) -> str:
+        """What it was built for and with, and which kernels won, for people."""
+        about = f"{self.model} in {self.dtype}, quantization {self.quantization}, plan {self.digest[:16]}"
+        lines = [str(self.path), about, *(f"for {profile}" for profile in self.profiles)]
+        lines += [f"{name}: {value}" for name, value in self.fingerprint.items()]
+        return "\n".join([*lines, "", table(self.tactics)])
+
+    @property
+    def digest(self) -> str:
+        """Of all that a build decides: equal inputs give equal plans, but for what was timed."""
+        return digest({name: value for name, value in asdict(self).items() if name not in ("path", "tactics")})
+
     def _check_device(self) -> None:
         here = device_name(self.device)
         if self.fingerprint["device"] != here:
-            raise ModelError(
+            raise StalePlanError(
                 f"the plan {self.path} was built for {self.fingerprint['device']}, this machine has {here}: "
-                "build it again"
+                "build it again, which `run --rebuild` does"
             )
 
 
 def device_name(device: str) -> str:
-    """What a plan is bound to: the GPU and its capability, or the CPU's architecture and vector width.
-
-    Raises:
-        ModelError: CUDA is asked for and there is none.
-    """
+    """What a plan is bound to: the GPU and its capability, or the CPU's architecture and what kernels make use of."""
     if device == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device"
         major, minor = torch.cuda.get_device_capability()
         return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-    return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    extras = sorted(_CPU_EXTRAS & cpu_flags())
+    return " ".join(["CPU", platform.machine(), torch.backends.cpu.get_cpu_capability(), *extras])
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: a plan was timed with these, and kernels of others may be faster or round differently."""
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none", "triton": "none"}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    return found | {"batchinfer": batchinfer.__version__}
 
 
 def describe(plan: EnginePlan) -> dict[str, Any]:

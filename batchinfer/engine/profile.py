@@ -33,8 +33,9 @@ class Shape:
 class Profile(Shape):
     """The largest shape, beside what is usual and what is least.
 
-    A step stays within the largest shape of one profile: no more sequences, no more tokens, no longer sequence. For the
-    usual and the least shape kernels are timed, and memory for KV pages goes by the usual one.
+    A step stays within the largest shape of one profile: no more sequences, no more tokens, no longer sequence. The
+    usual one is what kernels are timed at and what memory for KV pages is reckoned with; a least number of sequences
+    has them timed there as well.
     """
 
     opt: Shape = Shape(0, 0, 0)
@@ -92,7 +93,7 @@ class Profile(Shape):
         """The first number asked for that this is not, in words; None where it is all that."""
         for name, value in asked.items():
             for which, number in _spread(name, value).items():
-                built = getattr({"max": self, "opt": self.opt, "min": self.min}[which], name)
+                built = getattr(_shapes(self)[which], name)
                 if number not in (0, built):
                     return f"{_key(name, which)} {built}, not {number}"
         return None
@@ -102,6 +103,19 @@ class Profile(Shape):
             f"{self.batch_size} sequences of up to {self.seq_len} tokens at once (usually {self.opt.seq_len}), "
             f"{self.step_tokens} tokens a step"
         )
+
+
+def as_asked(profile: Profile) -> Asked:
+    """What to ask for in order to get ``profile``, on any device."""
+    return {f.name: {which: getattr(shape, f.name) for which, shape in _shapes(profile).items()} for f in fields(Shape)}
+
+
+def asks_nothing(asked: Asked) -> bool:
+    return not any(number for name, value in asked.items() for number in _spread(name, value).values())
+
+
+def _shapes(profile: Profile) -> dict[str, Shape]:
+    return {"min": profile.min, "opt": profile.opt, "max": profile}
 
 
 def _spread(name: str, value: int | Mapping[str, int]) -> dict[str, int]:

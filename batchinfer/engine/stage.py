@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from batchinfer.engine.comm import ALONE, Peers
-from batchinfer.engine.kernels import AttentionBatch, select
-from batchinfer.engine.kernels.linear.fp8 import E4M3
+from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, select
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Shape
 from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.tactics import winners
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory
 
@@ -55,7 +55,8 @@ class Stage:
         spec, limits = self.shard.spec, plan.limits
         self.device = torch.device(plan.device)
         dtype = plan.torch_dtype
-        self.kernels = select(self.device, dtype)
+        fastest = winners(plan.tactics)
+        self.kernels = select(self.device, dtype, fastest)
         self.kernels_name = self.kernels.name
         attention = self.kernels.attention(
             spec.num_heads,
@@ -65,7 +66,7 @@ class Stage:
             spec.window,
             dtype,
             self.device,
-            **({} if plan.kv_dtype == "auto" else {"kv_dtype": E4M3}),
+            KV_DTYPES[plan.kv_dtype],
         )
         self.decoder = Decoder(
             self.shard,
@@ -77,6 +78,7 @@ class Stage:
             dtype=dtype,
             device=self.device,
             all_reduce=(peers if self.shard.tp > 1 else ALONE).all_reduce,
+            winners=fastest,
         )
         self.page_size = attention.page_size
         page_bytes = attention.page_bytes(spec.num_layers)

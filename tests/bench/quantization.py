@@ -14,17 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+# scheme, group size, keys and values
 SCHEMES = [
-    ("none", 0),
-    ("fp8", 0),
-    ("int8", 0),
-    ("w8a8", 0),
-    ("smoothquant", 0),
-    *((scheme, size) for size in (32, 128, -1) for scheme in ("int4", "awq", "gptq")),
+    ("none", 0, "auto"),
+    ("none", 0, "int8"),
+    *((scheme, 0, "auto") for scheme in ("fp8", "int8", "w8a8", "smoothquant")),
+    *((scheme, size, "auto") for size in (32, 128, -1) for scheme in ("int4", "awq", "gptq")),
 ]
 
 
-def measure(model: str, scheme: str, group_size: int, requests: int) -> dict[str, Any]:
+def measure(model: str, scheme: str, group_size: int, kv_dtype: str, requests: int) -> dict[str, Any]:
     """Build, open and run one engine, here."""
     from batchinfer.engine.build import build
 
@@ -35,6 +34,7 @@ def measure(model: str, scheme: str, group_size: int, requests: int) -> dict[str
             dtype="bfloat16",
             quantization=scheme,
             group_size=group_size,
+            kv_dtype=kv_dtype,
             max_quality_loss=1e9,
             seq_len=1024,
             progress=False,
@@ -48,15 +48,16 @@ def measure(model: str, scheme: str, group_size: int, requests: int) -> dict[str
     return {"quality": plan.quality, "layer_bytes": layers, **ran}
 
 
-def row(scheme: str, group_size: int, found: dict[str, Any], plain: dict[str, Any]) -> str:
+def row(scheme: str, group_size: int, kv_dtype: str, found: dict[str, Any], plain: dict[str, Any]) -> str:
     quality = found["quality"]
     told = "· | · | ·"
     if quality is not None:
         loss = quality["perplexity"] / quality["reference_perplexity"] - 1
         told = f"{quality['perplexity']:.2f} | {loss:+.1%} | {quality['agreement']:.1%}"
     group = {0: "", -1: ", a scale a row"}.get(group_size, f", groups of {group_size}")
+    kept = "" if kv_dtype == "auto" else f", keys and values in {kv_dtype}"
     return (
-        f"| {'bfloat16' if scheme == 'none' else scheme}{group} | {found['layer_bytes'] / 1e6:.1f} "
+        f"| {'bfloat16' if scheme == 'none' else scheme}{group}{kept} | {found['layer_bytes'] / 1e6:.1f} "
         f"({plain['layer_bytes'] / found['layer_bytes']:.1f}× less) | {found['peak_rss_mb']:.0f} | "
         f"{found['total_tok_s']:.0f} ({found['total_tok_s'] / plain['total_tok_s']:.2f}×) | {told} |"
     )
@@ -72,12 +73,12 @@ def main() -> None:
     print("| weights of layers | MB | peak memory, MB | tok/s | perplexity | loss | greedy agreement |")
     print("|---|---|---|---|---|---|---|", flush=True)
     plain = None
-    for scheme, group_size in SCHEMES:
+    for scheme, group_size, kv_dtype in SCHEMES:
         if wanted and scheme not in wanted:
             continue
-        found = measure(options.model, scheme, group_size, options.requests)
+        found = measure(options.model, scheme, group_size, kv_dtype, options.requests)
         plain = plain or found
-        print(row(scheme, group_size, found, plain), flush=True)
+        print(row(scheme, group_size, kv_dtype, found, plain), flush=True)
 
 
 if __name__ == "__main__":

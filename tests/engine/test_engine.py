@@ -10,9 +10,10 @@ import pytest
 
 from batchinfer import BatchInferError, Engine, Request, SamplingParams
 from batchinfer.engine.build import build
-from batchinfer.engine.plan import EnginePlan, describe
+from batchinfer.engine.plan import FORMAT, EnginePlan, describe
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
+from batchinfer.host import cpu_flags
 from tests.engine.tiny import DEVICES, make_model, make_tokenizer
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
@@ -258,8 +259,8 @@ def test_a_model_that_cannot_be_used_gives_one_clear_error(tmp_path, how, messag
         ({"device": "gpu"}, "engine.device must be auto, cpu, cuda, got 'gpu'"),
         ({"dtype": "int8"}, "engine.dtype must be auto, float32 or bfloat16, got 'int8'"),
         ({"batch_size": -1}, "batch_size must be 0 .* got -1"),
-        ({"kv_dtype": "int3"}, "build.kv_dtype must be auto or fp8, got 'int3'"),
-        ({"kv_dtype": "fp8", "device": "cpu"}, "is for CUDA devices, this engine is for 'cpu'"),
+        ({"kv_dtype": "int3"}, "build.kv_dtype must be auto, fp8 or int8, got 'int3'"),
+        ({"kv_dtype": "fp8", "device": "cpu"}, '"fp8" is not for cpu devices: use "int8", which is as small'),
         ({"seq_len": 100_000}, "more than the 512 positions"),
     ],
 )
@@ -291,8 +292,30 @@ def test_a_plan_of_another_device_is_refused_naming_both(model, tmp_path):
     plan = build(str(model), tmp_path / "plan", dtype="float32", device="cpu", progress=False)
     file = plan.path / "plan.json"
     file.write_text(file.read_text().replace(plan.fingerprint["device"], "CPU riscv64 RVV"))
-    with pytest.raises(ModelError, match="built for CPU riscv64 RVV, this machine has CPU"):
+    with pytest.raises(ModelError, match="built for CPU riscv64 RVV, this machine has CPU.*`run --rebuild`"):
         EnginePlan.load(plan.path)
+    file.write_text(file.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    with pytest.raises(ModelError, match=f"has format 1, this version reads {FORMAT}.*`run --rebuild`"):
+        Engine(plan.path)
+
+
+def test_a_plan_of_another_device_is_built_again_in_its_place_as_it_was_made(model, tmp_path):
+    asked = dict(dtype="float32", device="cpu", quantization="int8", max_quality_loss=9.0, progress=False)
+    asked["profiles"] = [{"seq_len": 64, "batch_size": 8}, {"seq_len": {"opt": 80, "max": 200}, "batch_size": 4}]
+    plan = build(str(model), tmp_path / "plan", **asked)
+    file = plan.path / "plan.json"
+    file.write_text(file.read_text().replace(plan.fingerprint["device"], "CPU riscv64 RVV"))
+    again = Engine(plan.path, rebuild_from=str(model), device="cpu", max_quality_loss=9.0, progress=False).plan
+    assert again == plan and again.digest == plan.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_a_plan_tells_all_that_it_depends_on(engine):
+    told = engine.plan.fingerprint
+    assert told.keys() == {"weights", "tensors", "tokenizer", "device", "torch", "cuda", "triton", "batchinfer"}
+    assert all(told.values())
+    extras = set(told["device"].split()[3:])
+    assert engine.plan.device == "cuda" or extras <= cpu_flags()
 
 
 def test_a_model_that_is_nowhere_is_named_with_what_would_do():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}  # by the names that plans have for them
 SHARERS = 32  # neighbours in a batch whose pages are compared, see ``shared_pages``
 GATHER_BYTES = 64 * 2**20  # of keys and values that the reference holds in float32 at a time
 
@@ -37,6 +38,27 @@ class AttentionBatch:
     prefills: int = 0
     counts: Tensor | None = None
     shared: Tensor | None = None  # what ``shared_pages`` found, for kernels that read such pages once for all
+
+    @classmethod
+    def decoding(cls, sequences: int, context: int, page_size: int, device: torch.device) -> AttentionBatch:
+        """A step of so many sequences with one row each, all of one length, each with pages of its own: to be timed."""
+        pages = torch.arange(sequences * -(-context // page_size)).view(sequences, -1)
+        last = context - 1
+
+        def integers(values: Tensor) -> Tensor:
+            return values.to(device, torch.int32)
+
+        return cls(
+            positions=integers(torch.full((sequences,), last)),
+            slots=integers(pages[:, last // page_size] * page_size + last % page_size),
+            query_starts=integers(torch.arange(sequences + 1)),
+            context_lens=integers(torch.full((sequences,), context)),
+            page_table=integers(pages),
+            max_query_len=1,
+            max_context_len=context,
+            decodes=sequences,
+            counts=integers(torch.tensor([sequences, sequences])),
+        )
 
 
 def shared_pages(page_table: np.ndarray, context_lens: np.ndarray, page_size: int) -> np.ndarray:
@@ -77,6 +99,7 @@ class PagedAttention(ABC):
         window: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
@@ -90,6 +113,7 @@ class PagedAttention(ABC):
         self.page_size = page_size  # type: ignore[misc]  # this instance's, the class holds the preference
         self.window = window
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype  # of keys and values; int8: rounded, cut at ±127
         self.device = device
         self.scale = head_dim**-0.5
 
@@ -141,10 +165,10 @@ class TorchPagedAttention(PagedAttention):
 
     def allocate(self, num_layers: int, num_pages: int) -> list[Tensor]:
         shape = (2, num_pages, self.page_size, self.num_kv_heads, self.head_dim)
-        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(num_layers)]
+        return [torch.empty(shape, dtype=self.kv_dtype, device=self.device) for _ in range(num_layers)]
 
     def page_bytes(self, num_layers: int) -> int:
-        return num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
     def by_head(self, cache: Tensor) -> Tensor:
         return cache.permute(1, 3, 0, 2, 4)
@@ -165,10 +189,13 @@ class TorchPagedAttention(PagedAttention):
         cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
         keys, values = cache.flatten(1, 2)
         slots = batch.slots.long()
-        keys[slots] = _rotate(_head_norm(k.float(), k_norm, eps), cos, sin).to(self.dtype)
-        values[slots] = v
+        keys[slots] = self._kept(_rotate(_head_norm(k.float(), k_norm, eps), cos, sin))
+        values[slots] = self._kept(v)
         q_out.view_as(q).copy_(_rotate(_head_norm(q.float(), q_norm, eps), cos, sin))
         return q_out
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return (x.float().round().clamp(-127, 127) if self.kv_dtype == torch.int8 else x).to(self.kv_dtype)
 
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:
         starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()

@@ -29,6 +29,15 @@ class SamplingBatch:
     history_lens: np.ndarray  # int32
     all_greedy: bool  # every temperature is 0 and every repetition_penalty is 1: argmax, nothing else is read
 
+    @classmethod
+    def greedy(cls, rows: int) -> SamplingBatch:
+        integers = dict.fromkeys(
+            ("seed", "index", "position", "history_rows", "history_lens"), np.zeros(rows, np.int32)
+        )
+        off = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        floats = dict.fromkeys(off, np.zeros(rows, np.float32))
+        return cls(**integers, **floats, history=np.zeros((rows, 1), np.int32), all_greedy=True)
+
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Choose a token for each row of ``logits [rows, vocabulary]`` (the row stride may be larger), int32 ``[rows]``.

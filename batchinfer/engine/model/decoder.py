@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
-from batchinfer.engine.kernels.linear import Linear, dense, load_linear
+from batchinfer.engine.kernels.linear import Linear, load_linear
 from batchinfer.engine.kernels.linear.fp8 import E4M3
 from batchinfer.engine.model.shard import Shard
 
@@ -30,16 +31,20 @@ class Layer:
     down: Linear
 
     @classmethod
-    def from_weights(cls, group: Group) -> Layer:
+    def from_weights(cls, group: Group, winners: Mapping[str, str] = MappingProxyType({})) -> Layer:
+        """
+        Args:
+            winners: linear → contender, see ``load_linear``.
+        """
         return cls(
             attn_norm=group["attn_norm.weight"],
-            qkv=load_linear(group, "qkv"),
+            qkv=load_linear(group, "qkv", winners.get("qkv")),
             q_norm=group.get("q_norm.weight"),
             k_norm=group.get("k_norm.weight"),
-            o=load_linear(group, "o"),
+            o=load_linear(group, "o", winners.get("o")),
             mlp_norm=group["mlp_norm.weight"],
-            gate_up=load_linear(group, "gate_up"),
-            down=load_linear(group, "down"),
+            gate_up=load_linear(group, "gate_up", winners.get("gate_up")),
+            down=load_linear(group, "down", winners.get("down")),
         )
 
 
@@ -61,6 +66,7 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         all_reduce: Callable[[Tensor], Tensor],
+        winners: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -68,6 +74,7 @@ class Decoder:
             max_tokens: most tokens of a step; buffers are made for them once.
             max_position: positions that RoPE is tabulated for.
             all_reduce: sums a tensor over the ranks that share these layers.
+            winners: linear → contender, those that the build found fastest.
         """
 
         def load(name: str) -> Group:
@@ -83,11 +90,12 @@ class Decoder:
         self.all_reduce = all_reduce
         tied = shard.last and spec.tied_head
         self.embedding = load("embed")["weight"] if shard.first or tied else None
-        self.layers = [Layer.from_weights(load(f"layer-{layer:03d}")) for layer in shard.layers]
+        self.layers = [Layer.from_weights(load(f"layer-{layer:03d}"), winners) for layer in shard.layers]
         if shard.last:
             head = load("head")
             self.norm = head["norm.weight"]
-            self.head = dense(self.embedding if tied else head["weight"])
+            weight = self.embedding if tied else head["weight"]
+            self.head = load_linear({"head.weight": weight}, "head", winners.get("head"))
         if tied and self.head.rows is not None:
             self._rows_of_embedding = self.head.rows
             self.embedding = self.head.weight  # kept once, None where that is in the layout of the product

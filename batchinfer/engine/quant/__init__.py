@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchinfer.engine.kernels import KV_DTYPES
 from batchinfer.engine.kernels.linear import dense
 from batchinfer.engine.model.decoder import Layer
 from batchinfer.engine.model.spec import DecoderSpec
-from batchinfer.engine.quant import awq, fp8, gptq, int4, int8, smoothquant
+from batchinfer.engine.quant import awq, fp8, gptq, int4, int8, kv, smoothquant
 from batchinfer.engine.quant.calibration import Inputs, Walk
 from batchinfer.engine.quant.quality import Quality, measure
 from batchinfer.errors import ModelError
@@ -86,17 +87,20 @@ class Quantizer:
 
     def __init__(
         self,
-        scheme: Scheme,
+        scheme: Scheme | None,
         group_size: int,
         spec: DecoderSpec,
         dtype: torch.dtype,
         device: torch.device,
         rows: Sequence[Sequence[int]],
+        kv_dtype: str = "auto",
     ) -> None:
         """
         Args:
+            scheme: None leaves the matrices as they are, for keys and values alone to be kept in fewer bits.
             group_size: columns that share a scale, -1 for one scale a row, 0 for GROUP_SIZE.
             rows: token ids; every HELD_OUT-th row is kept from calibration.
+            kv_dtype: of keys and values, one of ``KV_DTYPES``.
 
         Raises:
             ModelError: the group size is odd, or there are too few rows to calibrate and to measure with.
@@ -105,10 +109,11 @@ class Quantizer:
             raise ModelError(f"build.group_size must be even, -1 (one group a row) or 0 (a default), got {group_size}")
         rows = [row for row in rows if len(row) > 1]
         self.scheme, self.group_size = scheme, group_size or GROUP_SIZE
-        self.spec, self.dtype, self.device = spec, dtype, device
+        self.spec, self.dtype, self.device, self.kv_dtype = spec, dtype, device, kv_dtype
         self.held_out = rows[::HELD_OUT]
-        self.rows = [row for i, row in enumerate(rows) if i % HELD_OUT] if scheme.calibrated else []
-        if not self.held_out or scheme.calibrated and not self.rows:
+        calibrated = kv_dtype != "auto" or scheme is not None and scheme.calibrated
+        self.rows = [row for i, row in enumerate(rows) if i % HELD_OUT] if calibrated else []
+        if not self.held_out or calibrated and not self.rows:
             raise ModelError(f"{len(rows)} rows of more than a token are too few to calibrate with; give at least 2")
         self.quality: Quality | None = None  # known once the last group has come by
 
@@ -120,7 +125,8 @@ class Quantizer:
             if name == "embed":
                 embedding = group["weight"]
                 calibrating = self._walk(embedding, self.rows) if self.rows else None
-                measured, reference = (self._walk(embedding, self.held_out) for _ in range(2))
+                reference = self._walk(embedding, self.held_out)
+                measured = self._walk(embedding, self.held_out, KV_DTYPES[self.kv_dtype])
             elif name == "head":
                 head = dense((embedding if self.spec.tied_head else group["weight"]).to(self.device))
                 norm = group["norm.weight"].to(self.device)
@@ -138,11 +144,15 @@ class Quantizer:
                     calibrating.advance(layer)
             yield name, group
 
-    def _walk(self, embedding: Tensor, rows: Sequence[Sequence[int]]) -> Walk:
-        return Walk(self.spec, embedding, rows, self.device)
+    def _walk(self, embedding: Tensor, rows: Sequence[Sequence[int]], kv_dtype: torch.dtype | None = None) -> Walk:
+        return Walk(self.spec, embedding, rows, self.device, kv_dtype)
 
     def _quantized(self, group: Group, inputs: dict[str, Inputs]) -> Group:
         scaled = self._here(group)
+        if self.kv_dtype != "auto":
+            inputs = kv.fold(scaled, inputs, self.spec, kv.TARGETS[self.kv_dtype])
+        if self.scheme is None:
+            return {name: tensor.cpu() for name, tensor in self._as_it_is(scaled).items()}
         made = {}
         for linear, parts in self.scheme.quantize(scaled, inputs, self.spec, self._size).items():
             made |= {f"{linear}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}

@@ -46,18 +46,24 @@ class Walk:
     """The residual streams of some rows on their way through a model; two walks can go side by side."""
 
     def __init__(
-        self, spec: DecoderSpec, embedding: Tensor, rows: Sequence[Sequence[int]], device: torch.device
+        self,
+        spec: DecoderSpec,
+        embedding: Tensor,
+        rows: Sequence[Sequence[int]],
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
             rows: token ids, each row a sequence of its own.
+            kv_dtype: what keys and values are kept in, ``dtype`` unless given.
             embedding: ``dtype[vocab, hidden]``; ``dtype`` is what the layers compute in.
         """
         self.spec, dtype = spec, embedding.dtype
         self._kernels = select(device, dtype)
         made = self._kernels.attention
         self._attention = made(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, made.page_size, spec.window, dtype, device
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, made.page_size, spec.window, dtype, device, kv_dtype
         )
         self._cos_sin = spec.rope.cos_sin(spec.head_dim, max(map(len, rows))).to(device)
         self._chunks = [self._batch(chunk, device) for chunk in _chunks(rows)]

@@ -80,11 +80,11 @@ def test_reference_rotates_halves_as_hugging_face_does():
 class Pair:
     """The fast attention and the reference, fed the same rows; memory is poisoned before anything is written."""
 
-    def __init__(self, kernels, heads, kv_heads, dim, page_size, window, dtype, norm=False):
+    def __init__(self, kernels, heads, kv_heads, dim, page_size, window, dtype, norm=False, kv_dtype=None):
         shape = (heads, kv_heads, dim, page_size, window)
         device = torch.get_default_device()
-        self.fast = kernels.attention(*shape, dtype, device)
-        self.reference = TorchPagedAttention(*shape, torch.float32, device)
+        self.fast = kernels.attention(*shape, dtype, device, kv_dtype)
+        self.reference = TorchPagedAttention(*shape, torch.float32, device, kv_dtype)
         self.width, self.q_width = (heads + 2 * kv_heads) * dim, heads * dim
         self.dtype = dtype
         self.table = rope_table(dim, 4096)
@@ -95,7 +95,7 @@ class Pair:
         assert self.fast_cache.nbytes == self.fast.page_bytes(1) * sequences.num_pages
         self.fast_cache.view(torch.uint8).fill_(0xFF)  # NaN, whatever the element
         (self.reference_cache,) = self.reference.allocate(1, sequences.num_pages)
-        self.reference_cache.fill_(float("nan"))
+        self.reference_cache.fill_(float("nan") if self.reference_cache.is_floating_point() else -1)
 
     def step(self, batch, qkv):
         """(fast, reference) outputs."""
@@ -131,6 +131,23 @@ def test_fast_attention_is_the_reference(kernels, dtype, tolerance, shape, windo
         for batch in (sequences.history(), sequences.last()):
             fast, reference = pair.step(batch, pair.random_qkv(batch))
             torch.testing.assert_close(fast, reference, **tolerance)
+
+
+def test_keys_and_values_in_8_bits_are_those_of_the_reference(kernels, dtype):
+    if kernels.name == "gpu":
+        pytest.skip("GPUs keep them in FP8")
+    torch.manual_seed(0)
+    for shape in ((6, 2, 64), (4, 4, 16), (7, 1, 18)):
+        pair = Pair(kernels, *shape, 16, None, dtype, kv_dtype=torch.int8)
+        sequences = Sequences.random(np.random.default_rng(0), [1, 17, 600, 300, 40], [1, 1, 1, 290, 9], 16)
+        pair.allocate(sequences)
+        assert pair.fast.page_bytes(1) <= 2 * pair.reference.page_bytes(1)  # whole vectors of dimensions
+        for batch in (sequences.history(), sequences.last()):
+            qkv = pair.random_qkv(batch)
+            qkv[:, : pair.q_width] /= 30
+            qkv[:, pair.q_width :] *= 50  # some are cut off
+            fast, reference = pair.step(batch, qkv.to(dtype).float())
+            torch.testing.assert_close(fast, reference, rtol=0.02, atol=0.5)
 
 
 def test_sequences_of_one_row_need_not_be_told_apart(kernels, dtype, tolerance):
@@ -192,11 +209,11 @@ def test_decodes_that_share_pages_are_attended_together(kernels, dtype, toleranc
     torch.testing.assert_close(*pair.step(last, pair.random_qkv(last)), **tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_a_row_does_not_depend_on_its_batch_nor_on_the_threads(kernels, dtype, window):
+@pytest.mark.parametrize(("window", "kv_dtype"), [(None, None), (100, None), (100, torch.int8)])
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_threads(kernels, dtype, window, kv_dtype):
     if kernels.name == "gpu":
         pytest.skip("keys are cut into as many parts as fill the card: sums differ by rounding")
-    pair = Pair(kernels, 9, 3, 64, 16, window, dtype)
+    pair = Pair(kernels, 9, 3, 64, 16, window, dtype, kv_dtype=kv_dtype)
     contexts, queries = [900, 130, 257, 40], [1, 60, 257, 1]
     sequences = Sequences.random(np.random.default_rng(0), contexts, queries, 16)
     pair.allocate(sequences)

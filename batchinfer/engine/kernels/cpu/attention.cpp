@@ -26,13 +26,15 @@ struct Unit {
     int64_t state;  // offset of its partial state
 };
 
-template <class T>
+template <class T, class Kept>
 struct Attention {
     const Shape& shape;
     const Batch& batch;
     const T* q;
-    const uint32_t* cache;
+    const Kept* cache;
     T* out;
+
+    static constexpr bool WIDENS = !std::is_same_v<T, Kept>;  // a block of keys becomes T before it is worked on
 
     int rows(const Item& item) const { return (item.last - item.first) * shape.group(); }
     int64_t state_floats(int rows) const { return int64_t(rows) * (shape.dim_pad() + 2 + VL) / VL * VL + VL; }
@@ -67,13 +69,30 @@ struct Attention {
         return items;
     }
 
+    const Kept* kept_page(const Item& item, int page) const {
+        const int64_t number = batch.page_table[item.sequence * batch.table_stride + page];
+        return cache + (number * shape.kv_heads + item.kv_head) * shape.head_elements<T>();
+    }
+
     const uint32_t* page_of(const Item& item, int page) const {
-        return cache + batch.page_table[item.sequence * batch.table_stride + page] * shape.page_lanes<T>() +
-               item.kv_head * shape.head_lanes<T>();
+        return reinterpret_cast<const uint32_t*>(kept_page(item, page));
+    }
+
+    int64_t room_floats() const { return WIDENS ? BLOCK / shape.page_size * shape.head_lanes<T>() : 0; }
+
+    // The pages of some keys as T, one after another.
+    void widen(const Item& item, Span keys, float* room) const {
+        const int first = keys.begin / shape.page_size, last = (keys.end + shape.page_size - 1) / shape.page_size;
+        T* to = reinterpret_cast<T*>(room);
+        for (int page = first; page < last; ++page) {
+            const Kept* from = kept_page(item, page);
+            for (int64_t i = 0; i < shape.head_elements<T>(); i += VL, to += VL)
+                store_float(to, __builtin_convertvector(load<typename VectorOf<int8_t, VL>::type>(from + i), vf));
+        }
     }
 
     // Attention of the unit's rows to its blocks of keys, into an empty state; then `next` is what the thread will do.
-    void run(const Unit& unit, const Unit* next, State state, Operand<T>* queries, Tile<T>& tile) const {
+    void run(const Unit& unit, const Unit* next, State state, Operand<T>* queries, float* room, Tile<T>& tile) const {
         const Item& item = *unit.item;
         const Span blocks = unit.blocks;
         const int group = shape.group(), total = rows(item), dim = shape.dim;
@@ -88,7 +107,10 @@ struct Attention {
 
         const int page_size = shape.page_size, tile_rows = Tile<T>::rows(shape);
         Keys keys{{}, page_size, shape.k_lanes<T>(), shape.v_lanes<T>(), false, {}, 0};
-        for (int block = blocks.begin; block < blocks.end; ++block)
+        for (int block = blocks.begin; block < blocks.end; ++block) {
+            const Span seen = {std::max(block * BLOCK, visible(item.sequence, item.first).begin),
+                               std::min((block + 1) * BLOCK, visible(item.sequence, item.last - 1).end)};
+            if constexpr (WIDENS) widen(item, seen, room);
             for (int first = 0; first < total; first += tile_rows) {
                 const int count = std::min(tile_rows, total - first);
                 const int begin = std::max(block * BLOCK, visible(item.sequence, item.first + first / group).begin);
@@ -97,18 +119,22 @@ struct Attention {
                 if (begin >= end) continue;
                 const int page = begin / page_size, start = page * page_size;
                 for (int i = 0; start + i * page_size < end; ++i)
-                    keys.page[i] = page_of(item, page + i);
-                keys.fetch = total <= tile_rows;
+                    if constexpr (WIDENS)
+                        keys.page[i] = reinterpret_cast<const uint32_t*>(room) +
+                                       (page + i - seen.begin / page_size) * shape.head_lanes<T>();
+                    else
+                        keys.page[i] = page_of(item, page + i);
+                keys.fetch = !WIDENS && total <= tile_rows;
                 keys.ahead_count = 0;
                 if (keys.fetch) {
                     const bool same = block + 1 < blocks.end;
                     const Unit* after = same ? &unit : next;
                     if (after) {
-                        const Span seen = {visible(after->item->sequence, after->item->first).begin,
+                        const Span then = {visible(after->item->sequence, after->item->first).begin,
                                            visible(after->item->sequence, after->item->last - 1).end};
                         const int at = same ? block + 1 : after->blocks.begin;
-                        const int from = std::max(at * BLOCK, seen.begin) / page_size;
-                        const int to = (std::min((at + 1) * BLOCK, seen.end) + page_size - 1) / page_size;
+                        const int from = std::max(at * BLOCK, then.begin) / page_size;
+                        const int to = (std::min((at + 1) * BLOCK, then.end) + page_size - 1) / page_size;
                         for (int i = from; i < to; ++i) keys.ahead[keys.ahead_count++] = page_of(*after->item, i);
                     }
                 }
@@ -120,6 +146,7 @@ struct Attention {
                 tile.run(shape, keys, end - start, spans, queries + first * dim / PAIR<T> * PER_LANE<T>, count,
                          {state.top + first, state.total + first, state.acc + int64_t(first) * shape.dim_pad()});
             }
+        }
     }
 
     void merge(State into, const State& from, int rows) const {
@@ -164,8 +191,8 @@ struct Memory {  // grows, stays with its thread
     ~Memory() { ::operator delete(data, std::align_val_t(64)); }
 };
 
-template <class T>
-void Attention<T>::run_all(int threads) const {
+template <class T, class Kept>
+void Attention<T, Kept>::run_all(int threads) const {
     auto work = items();
     int64_t cost = 0, dearest = 0, most_rows = 0;
     for (const Item& item : work) {
@@ -202,14 +229,15 @@ void Attention<T>::run_all(int threads) const {
     {
         static thread_local Memory own;
         static thread_local Tile<T> tile;
-        float* memory = own.at_least(query_floats + state_floats(most_rows));
+        float* memory = own.at_least(query_floats + state_floats(most_rows) + room_floats());
+        float* room = memory + query_floats + state_floats(most_rows);
         auto* queries = reinterpret_cast<Operand<T>*>(memory);
         // A thread takes its next unit one ahead, so that it knows what to prefetch.
         for (size_t u = taken++, next; u < units.size(); u = next) {
             next = taken++;
             const Unit& unit = units[u];
             State state = state_at(split ? partials + unit.state : memory + query_floats, rows(*unit.item));
-            run(unit, next < units.size() ? &units[next] : nullptr, state, queries, tile);
+            run(unit, next < units.size() ? &units[next] : nullptr, state, queries, room, tile);
             if (!split) finish(*unit.item, state);
         }
         if (amx::usable<T>(shape)) amx::release();
@@ -230,10 +258,12 @@ void Attention<T>::run_all(int threads) const {
 
 }  // namespace
 
-#define EXPORT(T, suffix)                                                                                      \
-    EXPORTED void attend_##suffix(const Shape* shape, const Batch* batch, const T* q, const uint32_t* cache, \
+#define EXPORT(T, Kept, suffix)                                                                                \
+    EXPORTED void attend_##suffix(const Shape* shape, const Batch* batch, const T* q, const Kept* cache,     \
                                     T* out, int threads) {                                                     \
-        Attention<T>{*shape, *batch, q, cache, out}.run_all(threads);                                          \
+        Attention<T, Kept>{*shape, *batch, q, cache, out}.run_all(threads);                                    \
     }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+EXPORT(float, float, f32)
+EXPORT(bf16, bf16, bf16)
+EXPORT(float, int8_t, f32_int8)
+EXPORT(bf16, int8_t, bf16_int8)

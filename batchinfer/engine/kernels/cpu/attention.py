@@ -33,13 +33,14 @@ class CpuPagedAttention(PagedAttention):
         window: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, page_size, window, dtype, device)
+        super().__init__(num_heads, num_kv_heads, head_dim, page_size, window, dtype, device, kv_dtype)
         if page_size % 16 or BLOCK % page_size:
             raise ValueError(f"page_size must be 16, 32, 64, 128 or 256, got {page_size}")
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}")
-        operators, suffix = library(), SUFFIX[dtype]
+        operators, suffix = library(), SUFFIX[dtype] + ("_int8" if self.kv_dtype == torch.int8 else "")
         if operators is None:
             raise RuntimeError("the CPU kernels could not be built; use TorchPagedAttention")
         self._shape = _Shape(num_heads, num_kv_heads, head_dim, page_size, window or 0, self.scale)

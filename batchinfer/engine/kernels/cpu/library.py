@@ -153,13 +153,17 @@ _COUNT, _DOUBLE = ctypes.c_uint32, ctypes.c_double
 _TYPED = {  # one for each of f32 and bf16
     "add_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG, _INT]),
     "silu_mul": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT]),
-    "page_bytes": (_LONG, [_POINTER]),
-    "rope_write": (None, [_POINTER] * 7 + [_FLOAT, _POINTER, _INT]),
-    "attend": (None, [_POINTER] * 5 + [_INT]),
     "sample": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
     "linear_w8a8": (None, [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2),
 }
-_SIGNATURES = {f"{name}_{suffix}": signature for name, signature in _TYPED.items() for suffix in ("f32", "bf16")} | {
+_PAGED = {  # as well as one for each of them with keys and values in 8 bits
+    "page_bytes": (_LONG, [_POINTER]),
+    "rope_write": (None, [_POINTER] * 7 + [_FLOAT, _POINTER, _INT]),
+    "attend": (None, [_POINTER] * 5 + [_INT]),
+}
+_SIGNATURES = {f"{name}_{suffix}": each for name, each in (_TYPED | _PAGED).items() for suffix in ("f32", "bf16")}
+_SIGNATURES |= {f"{name}_{suffix}_int8": each for name, each in _PAGED.items() for suffix in ("f32", "bf16")}
+_SIGNATURES |= {
     "want_huge_pages": (None, [_POINTER, _LONG]),
     "linear_bf16": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2),
     "linear_widened_bf16": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),

@@ -5,6 +5,7 @@
 // dimensions, so neither needs a horizontal sum:
 //   K [dim / PAIR][page_size][PAIR]      pairs of dimensions
 //   V [page_size / PAIR][dim_pad][PAIR]  pairs of keys; dim_pad is dim rounded up to whole vectors
+// Kept in 8 bits, whole numbers of -127 to 127, the elements lie in the same order.
 #pragma once
 #include "simd.h"
 
@@ -27,6 +28,8 @@ struct Shape {
     int64_t head_lanes() const { return k_lanes<T>() + v_lanes<T>(); }
     template <class T>
     int64_t page_lanes() const { return kv_heads * head_lanes<T>(); }
+    template <class T>
+    int64_t head_elements() const { return head_lanes<T>() * PAIR<T>; }
 };
 
 struct Batch {

@@ -65,8 +65,29 @@ void write_value(const bf16* value, uint32_t* v, int offset, int dim, int dim_pa
     for (; i < dim; ++i) to[2 * i] = value[i].bits;
 }
 
+INLINE int8_t in_8_bits(float x) { return int8_t(__builtin_rintf(std::min(std::max(x, -127.0f), 127.0f))); }
+
+// A head's key and value to their page, whose K and V begin at `page`.
 template <class T>
-void rope_write(const Shape& shape, const T* qkv, const float* cos_sin, const Batch& batch, uint32_t* cache,
+void write(const Shape& shape, const float* key, const T* value, int offset, T* page) {
+    auto* k = reinterpret_cast<uint32_t*>(page);
+    alignas(64) T narrowed[MAX_DIM];
+    narrow(key, narrowed, shape.dim);
+    write_key(narrowed, k, offset, shape.dim, shape.page_size);
+    write_value(value, k + shape.k_lanes<T>(), offset, shape.dim, shape.dim_pad());
+}
+
+template <class T>
+void write(const Shape& shape, const float* key, const T* value, int offset, int8_t* page) {
+    int8_t* v = page + shape.k_lanes<T>() * PAIR<T> + offset / PAIR<T> * shape.dim_pad() * PAIR<T> + offset % PAIR<T>;
+    for (int i = 0; i < shape.dim; ++i) {
+        page[(i / PAIR<T> * shape.page_size + offset) * PAIR<T> + i % PAIR<T>] = in_8_bits(key[i]);
+        v[i * PAIR<T>] = in_8_bits(to_float(value[i]));
+    }
+}
+
+template <class T, class Kept>
+void rope_write(const Shape& shape, const T* qkv, const float* cos_sin, const Batch& batch, Kept* cache,
                 const float* q_norm, const float* k_norm, float eps, T* q_out, int threads) {
     const int heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.dim;
     const int64_t row = int64_t(heads + 2 * kv_heads) * dim;
@@ -76,29 +97,30 @@ void rope_write(const Shape& shape, const T* qkv, const float* cos_sin, const Ba
         const float* cos = cos_sin + int64_t(batch.positions[t]) * dim;
         const int page = batch.slots[t] / shape.page_size, offset = batch.slots[t] % shape.page_size;
         alignas(64) float rotated[MAX_DIM];
-        alignas(64) T key[MAX_DIM];
         for (int h = 0; h < heads; ++h) {
             rotate(in + h * dim, cos, q_norm, eps, dim, rotated);
             narrow(rotated, q_out + (t * heads + h) * dim, dim);
         }
         for (int h = 0; h < kv_heads; ++h) {
-            uint32_t* k = cache + page * shape.page_lanes<T>() + h * shape.head_lanes<T>();
             rotate(in + (heads + h) * dim, cos, k_norm, eps, dim, rotated);
-            narrow(rotated, key, dim);
-            write_key(key, k, offset, dim, shape.page_size);
-            write_value(in + (heads + kv_heads + h) * dim, k + shape.k_lanes<T>(), offset, dim, shape.dim_pad());
+            write(shape, rotated, in + (heads + kv_heads + h) * dim, offset,
+                  cache + (int64_t(page) * kv_heads + h) * shape.head_elements<T>());
         }
     }
 }
 
 }  // namespace
 
-#define EXPORT(T, suffix)                                                                                              \
+#define EXPORT(T, Kept, suffix)                                                                                        \
     EXPORTED void rope_write_##suffix(const Shape* shape, const Batch* batch, const T* qkv, const float* cos_sin,    \
-                                        uint32_t* cache, const float* q_norm, const float* k_norm, float eps,          \
-                                        T* q_out, int threads) {                                                       \
+                                        Kept* cache, const float* q_norm, const float* k_norm, float eps, T* q_out,    \
+                                        int threads) {                                                                 \
         rope_write(*shape, qkv, cos_sin, *batch, cache, q_norm, k_norm, eps, q_out, threads);                          \
     }                                                                                                                  \
-    EXPORTED int64_t page_bytes_##suffix(const Shape* shape) { return shape->page_lanes<T>() * 4; }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+    EXPORTED int64_t page_bytes_##suffix(const Shape* shape) {                                                         \
+        return shape->kv_heads * shape->head_elements<T>() * int64_t(sizeof(Kept));                                    \
+    }
+EXPORT(float, float, f32)
+EXPORT(bf16, bf16, bf16)
+EXPORT(float, int8_t, f32_int8)
+EXPORT(bf16, int8_t, bf16_int8)

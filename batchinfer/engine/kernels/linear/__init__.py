@@ -7,16 +7,27 @@ The reference of every form is ``torch.nn.functional.linear`` with the weight th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
 
-from batchinfer.engine.kernels.linear.dense import Linear, dense
-from batchinfer.engine.kernels.linear.fp8 import Fp8Linear
+from batchinfer.engine.kernels.linear.dense import Linear, dense, dense_contenders, own_products
+from batchinfer.engine.kernels.linear.fp8 import Fp8Linear, multiplies_fp8
 from batchinfer.engine.kernels.linear.int4 import Int4Linear
 from batchinfer.engine.kernels.linear.int8 import Int8Linear, W8A8Linear
 
-__all__ = ["FORMS", "Fp8Linear", "Int4Linear", "Int8Linear", "Linear", "W8A8Linear", "dense", "load_linear"]
+__all__ = [
+    "FORMS",
+    "Fp8Linear",
+    "Int4Linear",
+    "Int8Linear",
+    "Linear",
+    "W8A8Linear",
+    "dense",
+    "linear_contenders",
+    "load_linear",
+]
 
 # form → what makes a Linear of the tensors that belong to it, by their names
 FORMS: dict[str, Callable[..., Linear]] = {
@@ -28,8 +39,31 @@ FORMS: dict[str, Callable[..., Linear]] = {
 }
 
 
-def load_linear(group: dict[str, Tensor], name: str) -> Linear:
-    """The linear ``name`` of a plan's group, where its tensors lie and in the form in which they are there."""
+def load_linear(group: dict[str, Tensor], name: str, contender: str | None = None) -> Linear:
+    """The linear ``name`` of a plan's group, where its tensors lie and in the form in which they are there.
+
+    Args:
+        contender: who is to compute it; None, or one that does not work here: whoever is likely to be fastest.
+    """
+    _, contenders = linear_contenders(group, name)
+    return contenders.get(contender, next(iter(contenders.values())))()
+
+
+def linear_contenders(group: dict[str, Tensor], name: str) -> tuple[str, dict[str, Callable[..., Linear]]]:
+    """The form of a linear, and what makes it, one for each way that works where its tensors lie.
+
+    Those that are likely to be fastest come first.
+    """
     parts = {key.removeprefix(f"{name}."): value for key, value in group.items() if key.startswith(f"{name}.")}
     [form] = FORMS.keys() & parts.keys()
-    return FORMS[form](**parts)
+    weight, made = parts[form], FORMS[form]
+    slow = functools.partial(made, fast=False)
+    if form == "weight":
+        ways = dense_contenders(weight)
+    elif weight.device.type == "cpu" and own_products():
+        ways = {"own": made, "torch": slow}
+    elif form == "fp8" and multiplies_fp8(weight):
+        ways = {"scaled_mm": made, "torch": slow}
+    else:
+        ways = {"torch": slow}
+    return form, {contender: functools.partial(make, **parts) for contender, make in ways.items()}

@@ -67,15 +67,29 @@ class PackedLinear(Linear):
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest Linear for where ``weight`` lies."""
+    """The Linear that is likely to be fastest where ``weight`` lies."""
+    return next(iter(dense_contenders(weight).values()))(weight, bias)
+
+
+def dense_contenders(weight: Tensor) -> dict[str, Callable[..., Linear]]:
+    """All that work where ``weight`` lies, those that are likely to be fastest first."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return Linear(weight, bias)
+        return {"torch": Linear}
     from batchinfer.engine.kernels.cpu import linear as cpu
 
-    if (made := cpu.operators()) is not None and made.best_bf16() and weight.shape[1] % 2 == 0:
-        return BlockedLinear(weight, bias)
     packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (PackedLinear if packs else Linear)(weight, bias)
+    ways: dict[str, Callable[..., Linear]] = {"onednn": PackedLinear, "torch": Linear} if packs else {"torch": Linear}
+    if not own_products() or weight.shape[1] % 2:
+        return ways
+    own = {"own": BlockedLinear}
+    return own | ways if cpu.operators().best_bf16() else ways | own
+
+
+def own_products() -> bool:
+    """Whether the CPU's products of our own work here."""
+    from batchinfer.engine.kernels.cpu import linear as cpu
+
+    return cpu.operators() is not None
 
 
 def gates(weight: Tensor) -> bool:
@@ -91,4 +105,4 @@ def widened_product(
         return None
     from batchinfer.engine.kernels.cpu import linear as cpu
 
-    return cpu.WidenedProduct(form, weight, scale, zero, group) if cpu.operators() is not None else None
+    return cpu.WidenedProduct(form, weight, scale, zero, group) if own_products() else None

@@ -20,17 +20,19 @@ _FEW = 256  # rows up to which the native product of long sums goes without scal
 
 
 class Fp8Linear(Linear):
-    """Holds ``fp8`` e4m3 ``[N, K]`` and ``scale`` float32 ``[N]``: weight = fp8 * scale[:, None]."""
+    """Holds ``fp8`` e4m3 ``[N, K]`` and ``scale`` float32 ``[N]``: weight = fp8 * scale[:, None].
+
+    Not ``fast``, here and in the forms beside: by torch alone, from numbers that are widened in every call.
+    """
 
     input_dtype: ClassVar[torch.dtype | None] = E4M3
 
-    def __init__(self, fp8: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, fp8: Tensor, scale: Tensor, bias: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(fp8, bias)
         self.scale = scale[None]  # [1, N]
         self._one = torch.ones(1, dtype=torch.float32, device=fp8.device)
-        self.native = has_fp8(fp8.device) and not any(size % _ALIGNED for size in fp8.shape)
-
-        self._product = widened_product("fp8", fp8, scale[:, None])
+        self.native = fast and multiplies_fp8(fp8)
+        self._product = widened_product("fp8", fp8, scale[:, None]) if fast else None
         if self._product is not None:
             self.weight = None  # kept once, in the layout of the product
 
@@ -66,6 +68,11 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = (x.abs().amax(dim=-1, keepdim=True) / MOST).clamp_(min=torch.finfo(torch.float32).tiny)
     return (x / scale).clamp_(-MOST, MOST).to(E4M3), scale
+
+
+def multiplies_fp8(weight: Tensor) -> bool:
+    """Whether the device of ``weight`` multiplies it as it is."""
+    return has_fp8(weight.device) and not any(size % _ALIGNED for size in weight.shape)
 
 
 def has_fp8(device: torch.device) -> bool:

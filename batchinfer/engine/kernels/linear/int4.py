@@ -25,11 +25,12 @@ class Int4Linear(Linear):
         group: Tensor,
         order: Tensor | None = None,
         bias: Tensor | None = None,
+        fast: bool = True,
     ) -> None:
         super().__init__(int4, bias)
         self.scale, self.zero, self.order = scale, zero, order
         self.group = int(group)
-        self._product = widened_product("int4", int4, scale, zero, self.group)
+        self._product = widened_product("int4", int4, scale, zero, self.group) if fast else None
         if self._product is not None:
             self.weight = self.scale = self.zero = None  # kept once, in the layout of the product
 

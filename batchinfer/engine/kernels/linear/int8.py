@@ -17,10 +17,10 @@ _ALIGNED, _FEWEST_ROWS = 8, 32  # what torch's own int8 product asks of a GPU
 class Int8Linear(Linear):
     """Holds ``int8`` ``[N, K]`` and ``scale`` float32 ``[N]``; activations stay as they are."""
 
-    def __init__(self, int8: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, int8: Tensor, scale: Tensor, bias: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(int8, bias)
         self.scale = scale
-        self._product = widened_product("int8", int8, scale[:, None])
+        self._product = widened_product("int8", int8, scale[:, None]) if fast else None
         if self._product is not None:
             self.weight = None  # kept once, in the layout of the product
 
@@ -36,11 +36,11 @@ class W8A8Linear(Linear):
 
     input_dtype: ClassVar[torch.dtype | None] = torch.int8
 
-    def __init__(self, w8a8: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, w8a8: Tensor, scale: Tensor, bias: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(w8a8, bias)
         self.scale = scale
         self._product = None
-        if w8a8.device.type == "cpu":
+        if fast and w8a8.device.type == "cpu":
             from batchinfer.engine.kernels.cpu import linear as cpu
 
             if cpu.operators() is not None:
