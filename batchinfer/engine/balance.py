@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,13 +14,16 @@ import torch
 from batchinfer.cache import cache_root, digest
 from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
 from batchinfer.engine.model.shard import Shard
+from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.stage import Stage
 from batchinfer.errors import ModelError
 
 SAMPLED = 0.4  # of a step's tokens, with prompts somewhat longer than completions: the head runs on these alone
 _ROWS, _CONTEXT = 128, 128  # of the step that is timed
+_LAYERS = 8  # at most: one alone would stay in the cache that a model's layers drive each other out of
 _SECONDS = 0.15  # spent on timing each part
+_ENOUGH = 256  # steps that tell more than such timing
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,29 @@ class Costs:
     layer: float
     embedding: float
     head: float  # and sampling, a sampled token
+    sampled: float = SAMPLED  # the share of the tokens that goes through the head
 
-    def stages(self, partition: tuple[int, ...], sampled: float = SAMPLED) -> list[float]:
-        """Seconds that each stage takes for a token, of which the share ``sampled`` goes through the head."""
+    def stages(self, partition: tuple[int, ...]) -> list[float]:
+        """Seconds that each stage takes for a token."""
         seconds = [layers * self.layer for layers in partition]
         seconds[0] += self.embedding
-        seconds[-1] += self.head * sampled
+        seconds[-1] += self.head * self.sampled
         return seconds
+
+    @classmethod
+    def of_run(cls, partition: Sequence[int], occupancy: Occupancy, ranks: Sequence[int]) -> Costs | None:
+        """What a run's steps say of it; None where they were few.
+
+        Args:
+            ranks: one of each stage.
+        """
+        *before, last = (occupancy.busy[rank] for rank in ranks)
+        tokens, samples = occupancy.tokens, occupancy.samples
+        if not before or occupancy.steps < _ENOUGH or not samples:
+            return None
+        layer = sum(before) / sum(partition[:-1]) / tokens  # the embedding is little and counted with them
+        head = max(0.0, last - partition[-1] * layer * tokens) / samples
+        return cls(layer, 0.0, head, samples / tokens)
 
 
 def deal(layers: int, pp: int, costs: Costs) -> tuple[int, ...]:
@@ -64,9 +83,10 @@ def check_partition(plan: EnginePlan, pp: int, asked: tuple[int, ...]) -> None:
 
 @torch.inference_mode()
 def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
-    """Time a rank's share of one layer, the embedding and the head, at a decode step's shape."""
-    model = replace(plan.spec, num_layers=1)
-    stage = Stage(plan, 0.0, Shard(model, range(1), tp, tp_rank), record=False)
+    """Time a rank's share of a layer, the embedding and the head, at a decode step's shape."""
+    layers = min(_LAYERS, plan.spec.num_layers)
+    model = replace(plan.spec, num_layers=layers)
+    stage = Stage(plan, 0.0, Shard(model, range(layers), tp, tp_rank), record=False)
     decoder, limits = stage.decoder, plan.limits
     rows, context = min(_ROWS, limits.step_tokens), min(_CONTEXT, limits.seq_len)
 
@@ -98,7 +118,8 @@ def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
     whole = _seconds(lambda: decoder.forward(token_ids, batch, stage.caches, sampled), stage.device)
     logits = decoder.head(hidden)
     sampling = _seconds(lambda: stage.kernels.sample(logits, greedy), stage.device)
-    return Costs(max(whole - embedding - head, 1e-9) / rows, embedding / rows, (head + sampling) / rows)
+    layer = max(whole - embedding - head, 1e-9) / layers
+    return Costs(layer / rows, embedding / rows, (head + sampling) / rows)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -22,6 +22,7 @@ from batchinfer.engine.layout import World
 from batchinfer.errors import EngineError
 
 SPIN_SECONDS = 50e-6  # about what a sleeper takes to wake
+_MOST_SENDING = 8  # tensors that are kept until gloo is asked whether they have gone: it does not tell by itself
 
 
 class Peers(Protocol):
@@ -243,8 +244,8 @@ class DistributedPeers:
 
     def send(self, to: int, x: Tensor) -> None:
         self.sent += x.nbytes
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+        while self._sending and (self._sending[0][0].is_completed() or len(self._sending) >= _MOST_SENDING):
+            self._sending.popleft()[0].wait()
         self._sending.append((dist.isend(x, to), x))
 
     def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -26,7 +27,7 @@ from batchinfer.engine.balance import Costs, deal, keep_costs, known_costs
 from batchinfer.engine.comm import Arena, SharedPeers, Sizes
 from batchinfer.engine.kernels.cpu.library import library
 from batchinfer.engine.layout import Layout, World
-from batchinfer.engine.link import Link, Message, encode
+from batchinfer.engine.link import DEADLINE, Link, Message, encode
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
@@ -37,7 +38,7 @@ from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
 
-DEADLINE = 300.0  # seconds without a sign of life after which ranks count as hung
+_OPENING = 6 * DEADLINE  # what reading the weights may take
 _LARGE_PAGE = 256  # tokens
 
 
@@ -80,6 +81,7 @@ class Pipeline:
         size = tp * pp + (prefill[0] * prefill[1] if prefill else 0)
         threads = threads or max(1, available_cores() // size)
         costs, layers = known_costs(plan, tp, threads), plan.spec.num_layers
+        self._keep_costs = functools.partial(keep_costs, plan, tp, threads)
         if not partition and (costs or pp == 1 or prefill):
             partition = deal(layers, pp, costs or Costs(1, 0, 0))
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
@@ -132,7 +134,7 @@ class Pipeline:
             self._selector.register(rank.link, selectors.EVENT_READ, rank)
             rank.link.send("open", rank=rank.number, **told)
         if not all(self.layout.partition):
-            self._balance(plan, threads)
+            self._balance(plan.spec.num_layers)
         pages = min(message.fields["count"] for message in self._each("pages"))
         for rank in self._ranks:
             rank.link.send("pages", count=pages)
@@ -140,12 +142,12 @@ class Pipeline:
         ready = self._each("ready")
         self.page_size, self.kernels_name = ready[0].fields["page_size"], ready[0].fields["kernels"]
 
-    def _balance(self, plan: EnginePlan, threads: int) -> None:
+    def _balance(self, layers: int) -> None:
         """Have the ranks measure, all at once, as they will compute, and tell them which layers are theirs."""
         told = [message.fields for message in self._each("costs")]
         costs = Costs(**{name: max(rank[name] for rank in told) for name in told[0]})
-        keep_costs(plan, self.layout.tp, threads, costs)
-        dealt = deal(plan.spec.num_layers, len(self.layout.partition), costs)
+        self._keep_costs(costs)
+        dealt = deal(layers, len(self.layout.partition), costs)
         self.world = World((replace(self.layout, partition=dealt),))
         for rank in self._ranks:
             rank.link.send("partition", partition=self.layout.partition)
@@ -170,7 +172,7 @@ class Pipeline:
         """One message of ``kind`` from every rank."""
         got: dict[int, Message] = {}
         while len(got) < len(self._ranks):
-            for rank, message in self._hear(DEADLINE):
+            for rank, message in self._hear(_OPENING):
                 if message.kind == kind:
                     got[rank.number] = message
         return [got[number] for number in sorted(got)]
@@ -230,6 +232,11 @@ class Pipeline:
 
     def _note(self, rank: _Rank, message: Message) -> None:
         told = message.fields
+        if message.kind == "moved":
+            self.occupancy.moved(rank.number, told["begun"], told["ended"])
+            if self.trace is not None:
+                self.trace.add(rank.number, "keys and values", told["begun"], told["ended"], pages=told["pages"])
+            return
         self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
         if self.trace is not None:
             name, about = f"step {told['step']}", {"tokens": told["count"], "samples": told["samples"]}
@@ -276,7 +283,11 @@ class Pipeline:
         return {rank.number: str(rank) for rank in self._ranks}
 
     def close(self) -> None:
-        """End the ranks, whatever they are doing."""
+        """End the ranks, whatever they are doing. What their steps took tells how to deal layers next time."""
+        if len(self.world.layouts) == 1:
+            ranks = self.layout.ranks[:: self.layout.tp]
+            if (costs := Costs.of_run(self.layout.partition, self.occupancy, ranks)) is not None:
+                self._keep_costs(costs)
         self._selector.close()
         for rank in self._ranks:
             rank.end()
@@ -324,8 +335,11 @@ class _Rank:
             found: dict[int, _Rank] = {}
             while len(found) < world.size:
                 try:
-                    link = Link(server.accept()[0])
+                    channel, _ = server.accept()
+                    channel.settimeout(DEADLINE)
+                    link = Link(channel)
                     number = link.receive().fields["rank"]
+                    channel.settimeout(None)
                 except (TimeoutError, EOFError):
                     raise EngineError(
                         f"{len(found)} of {world.size} ranks have come within {DEADLINE:g} s: start each with "
@@ -344,14 +358,15 @@ class _Rank:
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "it closed its link"
+            return "its link broke or stands still"
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     def end(self) -> None:
+        self.link.close()  # one that is elsewhere ends with it
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-        self.link.close()  # one that is elsewhere ends with it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds on to: it is dead, or nearly
+                self.process.wait(timeout=30)
 
 
 def elsewhere() -> bool:

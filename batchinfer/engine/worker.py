@@ -28,7 +28,7 @@ from batchinfer.engine.clock import CudaClock, HostClock
 from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers, Sizes
 from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Layout, Piece, World
-from batchinfer.engine.link import Link, Message
+from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage, Tokens
@@ -105,7 +105,7 @@ class Worker:
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
         self.hidden_size = plan.spec.hidden_size
         self.clock = CudaClock() if plan.device == "cuda" else HostClock()
-        self.computed: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # and not told yet
+        self.done: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # and not told yet
         if not self.clock.prompt:
             threading.Thread(target=self._tell_all, daemon=True).start()
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
@@ -140,7 +140,9 @@ class Worker:
     def serve(self) -> None:
         for message in self._messages():
             if message.kind == "pages":
-                take_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
+                begun, pages = self.clock.now(), message.fields["pages"]
+                take_pages(self.stage, self.peers, self.incoming, pages)
+                self._tell("moved", begun, pages=len(pages))
             else:
                 self._compute(step_of(message.fields), message.fields["number"])
 
@@ -153,24 +155,29 @@ class Worker:
             tokens = self.stage.sample(step, out)
         else:
             self.peers.send(self.after, out)
-        about = dict(sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled))
-        done = number, begun, self.clock.now(), tokens, about
-        self._tell(*done) if self.clock.prompt else self.computed.put(done)
+        about = dict(step=number, sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled))
+        self._tell("done", begun, tokens, **about)
         if self.outgoing:
-            send_pages(self.stage, self.peers, self.outgoing, pages_of(step, self.stage.page_size))
+            begun, pages = self.clock.now(), pages_of(step, self.stage.page_size)
+            send_pages(self.stage, self.peers, self.outgoing, pages)
+            self._tell("moved", begun, pages=len(pages))
 
-    def _tell(self, number: int, begun: Any, ended: Any, tokens: Tokens | None, about: dict[str, Any]) -> None:
+    def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, **about: Any) -> None:
+        """Tell what was done since ``begun``, as soon as the device has done it."""
+        done = kind, begun, self.clock.now(), tokens, about
+        self._tell_now(*done) if self.clock.prompt else self.done.put(done)
+
+    def _tell_now(self, kind: str, begun: Any, ended: Any, tokens: Tokens | None, about: dict[str, Any]) -> None:
         self.clock.wait(ended)
         if tokens is not None:
             about["tokens"] = tokens()
-        times = dict(begun=self.clock.seconds(begun), ended=self.clock.seconds(ended))
-        self.link.send("done", step=number, **times, **about)
+        self.link.send(kind, begun=self.clock.seconds(begun), ended=self.clock.seconds(ended), **about)
 
     def _tell_all(self) -> None:
-        """Tell of each step as soon as the device is done with it, while it is given the next ones."""
+        """The same from a thread of its own, while the device is given the next steps."""
         try:
             while True:
-                self._tell(*self.computed.get())
+                self._tell_now(*self.done.get())
         except Exception as error:
             _tell_failure(self.link, error)
 
@@ -221,7 +228,8 @@ def _rendezvous() -> socket.socket:
     hosts = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = TCPStore(address, int(port), is_master=hosts, wait_for_workers=False, timeout=timedelta(hours=1))
     host, _, port = store.get(ENGINE_KEY).decode().rpartition(":")
-    channel = socket.create_connection((host, int(port)))
+    channel = socket.create_connection((host, int(port)), timeout=DEADLINE)
+    channel.settimeout(None)
     Link(channel).send("hello", rank=int(rank))
     _kept.append(store)
     return channel

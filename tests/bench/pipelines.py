@@ -1,8 +1,9 @@
 """Two stages of one thread beside one process of two, in one run: ``python -m tests.bench.pipelines``.
 
-The same job with static batching (a batch ends before the next begins) and in-flight batching, with 1, P and 2P
+The same job with in-flight batching and static batching (a batch ends before the next begins), with 1, P and 2P
 micro-batches, in turn and ``--repeats`` times. Prints a JSON line a run, then the medians: tokens a second, their ratio
-to those of one process in the same round, and the bubble.
+to those of one process in the same round, and the bubble. ``--layouts`` adds two shares of each layer and ranks for
+prompts apart from one that decodes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from batchinfer import Engine
 from batchinfer.bench import workload
 
 MODEL = "smollm2-135m-instruct"
-PIPELINES = (1, 2, 4)  # micro-batches
+LAYOUTS = {
+    "2 shares": dict(tp=2),
+    "prompts apart": dict(prefill=(1, 1)),
+}
+BATCHINGS = ("in-flight", "static")
 
 
 def main() -> None:
@@ -27,18 +32,24 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=[])
+    parser.add_argument("--batchings", nargs="+", choices=BATCHINGS, default=BATCHINGS)
     asked = parser.parse_args()
     options = dict(batch_size=asked.batch_size, progress=False)
+    layouts = {
+        f"2 stages, {count} micro-batch{'es' * (count > 1)}": dict(pp=2, micro_batches=count)
+        for count in asked.micro_batches
+    }
+    layouts |= {name: LAYOUTS[name] for name in asked.layouts}
     engines = {"one process, 2 threads": Engine(MODEL, threads=2, **options)}
-    for count in PIPELINES:
-        name = f"2 stages, {count} micro-batch{'es' if count > 1 else ''}"
-        engines[name] = Engine(MODEL, pp=2, threads=1, micro_batches=count, **options)
+    engines |= {name: Engine(MODEL, threads=1, **layout, **options) for name, layout in layouts.items()}
     jobs = workload(asked.requests)
     for engine in engines.values():
         list(engine.generate(jobs[:4]))
     runs = defaultdict(list)
     for _ in range(asked.repeats):
-        for batching in ("in flight", "static"):
+        for batching in asked.batchings:
             alone = 0.0
             for name, engine in engines.items():
                 told = _run(engine, jobs, asked.batch_size if batching == "static" else len(jobs))
@@ -72,6 +83,8 @@ def _run(engine: Engine, jobs: list, at_once: int) -> dict[str, Any]:
         "steps": done.steps,
         "bubble": told.get("bubble", 0.0),
         "partition": told.get("partition"),
+        "rank_bubbles": list(told.get("rank_bubbles", {}).values()),
+        "rank_moving_pages": list(told.get("rank_moving_pages", {}).values()),
         "rank_step_ms": list(told.get("rank_step_ms", {}).values()),
         "load": round(os.getloadavg()[0], 1),
     }
