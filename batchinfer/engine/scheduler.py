@@ -15,7 +15,7 @@ from batchinfer.engine.kv_cache import PagePool, page_hashes
 from batchinfer.engine.profile import Profile, in_order, limits
 from batchinfer.request import SamplingParams
 
-_PREFILL_ROUNDS = 4  # in which what waits for prefill is worked off, where it is throttled
+_PREFILL_STEPS = 32  # in which what waits for prefill is worked off, where it is throttled
 _OVERTAKEN = 4  # sequences that came before, for each token that this one may say more than they
 
 
@@ -221,7 +221,7 @@ class Scheduler:
         decoding = -(-np.count_nonzero(todo <= 1) // self.micro_batches)
         prefill = int(todo[todo > 1].sum())
         prefill += sum(len(sequence.token_ids) for sequence in islice(self.waiting, len(self._free_rows)))
-        prefill = max(-(-prefill // (_PREFILL_ROUNDS * self.micro_batches)), step_tokens // 16)
+        prefill = max(-(-prefill // _PREFILL_STEPS), step_tokens // 16)
         return max(1, decoding), min(decoding + prefill, step_tokens)
 
     def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -227,9 +227,10 @@ def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ende
         scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
         if (step := scheduler.schedule()) is not None:
             under_way.append(step)
-            sizes.append((step.num_tokens, scheduler.num_running))
+            if step.extends.all():  # nothing is left of the prefill
+                sizes.append((step.num_tokens, scheduler.num_running))
     assert len(sizes) > 30
-    assert all(size <= -(-running // 2) for size, running in sizes[8:])
+    assert all(size <= -(-running // 2) for size, running in sizes)
 
 
 def test_prefill_is_spread_over_the_steps_of_a_pipeline():
@@ -240,7 +241,7 @@ def test_prefill_is_spread_over_the_steps_of_a_pipeline():
     while (step := scheduler.schedule()) is not None:
         sizes.append(step.num_tokens)
     assert sum(sizes) == 16 * 40
-    assert sizes[0] == 16 * 40 // 8 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
+    assert sizes[0] == 16 * 40 // 32 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
 
 
 def test_a_step_ahead_begins_with_a_token_that_nobody_knows_and_counts_for_nothing_after_the_end():
