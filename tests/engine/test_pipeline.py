@@ -221,6 +221,10 @@ def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, r
     kept.write_text(json.dumps({"layer": 1.0, "embedding": 0.0, "head": 9.0}))
     with contextlib.closing(Engine(models["llama"], pp=2, threads=1, **OPTIONS)) as engine:
         assert engine.stage.layout.partition == (2, 1)
+        monkeypatch.setattr(balance, "_ENOUGH", 10)
+        said(engine)
+    told = json.loads(kept.read_text())
+    assert told["head"] < 9.0 and 0 < told["sampled"] < 1, "the next engine is dealt by what this one's steps took"
 
 
 def test_a_run_tells_what_layers_and_head_cost():
