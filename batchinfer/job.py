@@ -157,9 +157,15 @@ class ProfileSection(Section):
     seq_len: Range = Field(RangeSection(), description="prompt plus completion tokens of one sequence; likewise")
 
 
+def _some(profiles: tuple[ProfileSection, ...]) -> tuple[ProfileSection, ...]:
+    if not profiles:
+        raise ValueError("expected one at least")
+    return profiles
+
+
 Profiles = Annotated[
     tuple[ProfileSection, ...],
-    Field(min_length=1),
+    AfterValidator(_some),
     BeforeValidator(lambda value: (value,) if isinstance(value, dict) else _as_tuple(value)),
 ]
 

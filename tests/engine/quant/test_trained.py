@@ -1,7 +1,4 @@
-"""On a model that has learnt something (see tests.engine.train), schemes lose what they may, in the order they should.
-
-It is too small to have outliers among its activations, so smoothquant has nothing to gain there.
-"""
+"""On a model that has learnt something (tests.engine.train), schemes lose what they may, in the order they should."""
 
 from __future__ import annotations
 
