@@ -142,6 +142,8 @@ class Fleet:
         self._groups: dict[int, Any] = {}
         self._actors: dict[int, Any] = {}
         self._ranks: dict[int, list[Any]] = {}
+        self._meetings: dict[int, Any] = {}  # of their engines
+        self._serving: dict[Any, tuple[int, int]] = {}  # what a rank's service will come to → engine and rank
         self._stopped: set[int] = set()
         self._tally, self._load, self._telling = Tally(), Load(), False
 
@@ -153,6 +155,7 @@ class Fleet:
         with contextlib.ExitStack() as telling:
             while running:
                 ended, _ = ray.wait(list(running), timeout=ASK)
+                self._revive()
                 for reference in ended:
                     engine = running.pop(reference)
                     try:
@@ -216,14 +219,15 @@ class Fleet:
         shard = Puller(engine, self._count, self._queue)
         self._actors[engine] = actor.remote(self._job.model_dump(mode="json"), shard)
         self._stopped.discard(engine)
-        meeting = self._actors[engine].meeting.remote() if spread else None
-        if spread:
-            self._start_ranks(engine, meeting)
+        meeting = self._start_ranks(engine) if spread else None
         return self._actors[engine].work.remote(meeting)
 
-    def _start_ranks(self, engine: int, meeting: Any) -> None:
+    def _start_ranks(self, engine: int) -> Any:
+        """Start an engine's ranks anew. Returns where they will meet it."""
         for rank in self._ranks.get(engine, ()):
             ray.kill(rank)
+        self._serving = {service: whose for service, whose in self._serving.items() if whose[0] != engine}
+        self._meetings[engine] = self._actors[engine].meeting.remote()
         ranks = self._job.engine.ranks
         self._ranks[engine] = []
         for rank in range(ranks):
@@ -231,11 +235,22 @@ class Fleet:
                 num_cpus=0,
                 num_gpus=int(self._needs["GPU"] > 0),
                 max_restarts=-1,
-                max_task_retries=-1,
                 scheduling_strategy=self._place_of(engine, rank * self._nodes // ranks),
             )
             self._ranks[engine].append(actor.remote())
-            self._ranks[engine][-1].serve.remote(rank, meeting)
+            self._serve(engine, rank)
+        return self._meetings[engine]
+
+    def _serve(self, engine: int, rank: int) -> None:
+        service = self._ranks[engine][rank].serve.remote(rank, self._meetings[engine])
+        self._serving[service] = engine, rank
+
+    def _revive(self) -> None:
+        """Ranks end with the engine that they worked for, which comes back by itself: so do they."""
+        if self._serving:
+            ended, _ = ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
+            for service in ended:
+                self._serve(*self._serving.pop(service))
 
     def _place_of(self, engine: int, node: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._groups[engine], placement_group_bundle_index=node)
