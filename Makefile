@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/batchinfer run jobs/demo.toml
 
 test: setup .venv-airflow/.installed .venv-ray/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-airflow: setup .venv-airflow/.installed
 	$(BIN)/python -m pytest tests/integrations -k airflow

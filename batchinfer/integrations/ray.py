@@ -246,7 +246,7 @@ class Fleet:
         self._serving[service] = engine, rank
 
     def _revive(self) -> None:
-        """Ranks end with the engine that they worked for, which comes back by itself: so do they."""
+        """Lost ranks come back, and are told again where to go."""
         if self._serving:
             ended, _ = ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
             for service in ended:

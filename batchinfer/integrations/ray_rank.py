@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import ray
+
+PAUSE = 0.5  # seconds before a rank that ended is started anew
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -29,13 +37,18 @@ class Meeting:
 
 
 class RankActor:
-    """Is the rank: its process ends with the engine that it worked for. Ray starts it anew, for one that comes back."""
+    """Keeps a rank's process, which ends with the engine that it worked for: the next waits for one that comes back."""
 
     def serve(self, rank: int, meeting: Meeting) -> None:
-        from batchinfer.engine.worker import main
+        """Until the actor is killed."""
+        one_gpu = {"LOCAL_RANK": "0"}  # Ray shows it no other
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        environment = {**os.environ, **meeting.environment, **one_gpu, "RANK": str(rank), "PYTHONPATH": path}
+        while True:
+            command = [sys.executable, "-m", "batchinfer.engine.worker"]
+            subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=_end_with_the_actor)
+            time.sleep(PAUSE)
 
-        local = {"LOCAL_RANK": "0"}  # Ray shows it one GPU
-        os.environ.update(meeting.environment | {"RANK": str(rank)} | local)
-        with contextlib.suppress(Exception):  # told to the engine, if that is there; else there is nobody to tell
-            main()
-        os._exit(1)
+
+def _end_with_the_actor() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -83,6 +83,8 @@ class UnitQueue:
             for name in ("running", "waiting", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions"):
                 setattr(load, name, getattr(load, name) + getattr(one, name))
             load.kv_used += one.kv_used / len(self._loads)
+            for name in ("restarts", "quarantined"):  # of their processes
+                load.details[name] = load.details.get(name, 0) + one.details.get(name, 0)
         return self._tally, dataclasses.replace(load)
 
 

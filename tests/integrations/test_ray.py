@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 ROWS = 1400
 PYTHON = Path(os.environ.get("RAY_VENV", ROOT / ".venv-ray"), "bin", "python")
 
+RANK = b"batchinfer.engine.worker\0"
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: `make test-ray` makes it"),
@@ -70,7 +72,7 @@ def test_an_engine_over_two_nodes_comes_back_when_a_rank_is_killed_and_says_what
     make_model(tmp_path / "model", "llama")
     run = start(tmp_path)
     wait_for(lambda: len(list((tmp_path / "out.batchinfer" / "commits").glob("*.json"))) > 4, run)
-    ranks = [path.parent for path in Path("/proc").glob("*/cmdline") if b"RankActor.serve" in path.read_bytes()]
+    ranks = [path.parent for path in Path("/proc").glob("*/cmdline") if path.read_bytes().endswith(RANK)]
     assert len(ranks) == 2
     os.kill(int(ranks[1].name), signal.SIGKILL)
     said, errors = run.communicate(timeout=180)
