@@ -1,4 +1,4 @@
-"""INT4 weights in groups along K, each with a scale and a zero point; activations stay as they are (W4A16)."""
+"""INT4 weights in groups along K, each with a scale and a zero point; activations are 16 bits wide or more (W4A16)."""
 
 from __future__ import annotations
 
