@@ -43,7 +43,9 @@ def s3_server():
     proxy = Proxy(port)
     yield port, proxy
     proxy.shutdown()
+    proxy.server_close()
     process.kill()
+    process.communicate()
 
 
 @pytest.fixture
