@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from batchinfer.cache import cache_root, digest
+from batchinfer.cache import digest, keep, kept
+from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.occupancy import Occupancy
@@ -113,48 +111,27 @@ def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
     for cache in stage.caches:
         cache.zero_()
     hidden = torch.zeros(rows, model.hidden_size, dtype=plan.torch_dtype, device=stage.device)
-    embedding = _seconds(lambda: decoder.embed(token_ids), stage.device)
-    head = _seconds(lambda: decoder.head(hidden), stage.device)
-    whole = _seconds(lambda: decoder.forward(token_ids, batch, stage.caches, sampled), stage.device)
+    embedding = best_seconds(lambda: decoder.embed(token_ids), stage.device, _SECONDS)
+    head = best_seconds(lambda: decoder.head(hidden), stage.device, _SECONDS)
+    whole = best_seconds(lambda: decoder.forward(token_ids, batch, stage.caches, sampled), stage.device, _SECONDS)
     logits = decoder.head(hidden)
-    sampling = _seconds(lambda: stage.kernels.sample(logits, greedy), stage.device)
+    sampling = best_seconds(lambda: stage.kernels.sample(logits, greedy), stage.device, _SECONDS)
     layer = max(whole - embedding - head, 1e-9) / layers
     return Costs(layer / rows, embedding / rows, (head + sampling) / rows)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
-    once()
-    best, until = float("inf"), time.perf_counter() + _SECONDS
-    while time.perf_counter() < until:
-        best = min(best, once())
-    return best
 
 
 def known_costs(plan: EnginePlan, tp: int, threads: int) -> Costs | None:
     """As ``keep_costs`` kept them."""
     try:
-        return Costs(**json.loads(_file(plan, tp, threads).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Costs(**kept("costs", _key(plan, tp, threads)))
+    except TypeError:
         return None
 
 
 def keep_costs(plan: EnginePlan, tp: int, threads: int, costs: Costs) -> None:
     """Remember costs for the next engine of this plan here; where nothing can be written, it measures again."""
-    file = _file(plan, tp, threads)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(costs)), "utf-8")
-    except OSError:
-        pass
+    keep("costs", _key(plan, tp, threads), asdict(costs))
 
 
-def _file(plan: EnginePlan, tp: int, threads: int) -> Path:
-    key = digest([plan.fingerprint, plan.dtype, asdict(plan.limits), tp, threads])
-    return cache_root() / "costs" / f"{key[:24]}.json"
+def _key(plan: EnginePlan, tp: int, threads: int) -> str:
+    return digest([plan.fingerprint, plan.dtype, asdict(plan.limits), tp, threads])

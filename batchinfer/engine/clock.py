@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,3 +46,20 @@ class CudaClock(HostClock):
 
     def seconds(self, moment: torch.cuda.Event) -> float:
         return self._at + self._zero.elapsed_time(moment) / 1e3
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, budget: float, least: int = 1) -> float:
+    """The best of the calls of ``work`` that fit into ``budget`` seconds after one to warm up, and of ``least``."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    once()
+    best, calls, until = float("inf"), 0, time.perf_counter() + budget
+    while calls < least or time.perf_counter() < until:
+        best, calls = min(best, once()), calls + 1
+    return best

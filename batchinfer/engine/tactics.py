@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batchinfer.cache import digest, keep, kept
+from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, Kernels, SamplingBatch, contenders
 from batchinfer.engine.kernels import __file__ as kernels_home
 from batchinfer.engine.kernels.linear import Linear, linear_contenders
@@ -102,7 +102,7 @@ def _timed(plan: EnginePlan, operation: _Operation) -> Tactic:
     if (times := kept("timings", key)) is None:
         device = torch.device(plan.device)
         times = {
-            name: [round(1e6 * _seconds(ready(tokens), device), 1) for tokens in operation.tokens]
+            name: [round(1e6 * best_seconds(ready(tokens), device, _SECONDS, _LEAST), 1) for tokens in operation.tokens]
             for name, ready in operation.ways.items()
         }
         keep("timings", key, times)
@@ -183,23 +183,6 @@ def _operations(plan: EnginePlan) -> Iterator[_Operation]:
     head = plan.weights("embed" if spec.tied_head else "head")["weight"].to(device)
     yield linear("head", {"head.weight": head}, hidden, decodes)
     yield each("sample", f"[{spec.vocab_size}]", decodes, sampling)
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The best of a few calls."""
-
-    def once() -> float:
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
-    once()
-    best, calls, until = once(), 1, time.perf_counter() + _SECONDS
-    while calls < _LEAST or time.perf_counter() < until:
-        best, calls = min(best, once()), calls + 1
-    return best
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""RankActor: one rank of an engine whose ranks spread over several nodes of a Ray cluster."""
+"""RankActor: keeps one rank of an engine whose ranks spread over several nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class RankActor:
         one_gpu = {"LOCAL_RANK": "0"}  # Ray shows it no other
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         environment = {**os.environ, **meeting.environment, **one_gpu, "RANK": str(rank), "PYTHONPATH": path}
+        command = [sys.executable, "-m", "batchinfer.engine.worker"]
         while True:
-            command = [sys.executable, "-m", "batchinfer.engine.worker"]
             subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=_end_with_the_actor)
             time.sleep(PAUSE)
 
