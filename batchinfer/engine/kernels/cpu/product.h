@@ -44,22 +44,32 @@ struct Ahead {
 template <int R, class Sum, class X>
 __attribute__((noinline)) void tile(const X* x, int64_t stride, const uint8_t* first, const uint8_t* second,
                                     int64_t steps, Ahead ahead, Sum (*sums)[WIDE]) {
-    constexpr int LANE = 4 / sizeof(X);
     Sum acc[R][WIDE] = {};
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
-        const __m512i w[WIDE] = {_mm512_loadu_si512(first + k * 64), _mm512_loadu_si512(second + k * 64)};
+    // Four rows to a pointer: with one for each there are more than registers, and each step waits for some of them.
+    const X* of_four[(R + 3) / 4];
+    for (int r = 0; r < R; r += 4) of_four[r / 4] = x + r * stride;
+    const int64_t third = 3 * stride;
+    const auto step = [&]() __attribute__((always_inline)) {
+        const __m512i w[WIDE] = {_mm512_loadu_si512(first), _mm512_loadu_si512(second)};
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int c = 0; c < WIDE; ++c) acc[r][c] = dot(acc[r][c], w[c], x + r * stride + k * LANE);
+            for (int c = 0; c < WIDE; ++c)
+                acc[r][c] = dot(acc[r][c], w[c], of_four[r / 4] + (r % 4 == 3 ? third : r % 4 * stride));
+        first += 64, second += 64;
+#pragma GCC unroll 3
+        for (auto& at : of_four) {
+            at += 4 / sizeof(X);
+            asm("" : "+r"(at));  // or the compiler makes a pointer of every row again
+        }
     };
     int64_t k = 0;
     for (; k < ahead.lines; ++k) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead.first + k * 64), _MM_HINT_T1);
         _mm_prefetch(reinterpret_cast<const char*>(ahead.second + k * 64), _MM_HINT_T1);
-        step(k);
+        step();
     }
-    for (; k < steps; ++k) step(k);
+    for (; k < steps; ++k) step();
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
