@@ -37,9 +37,10 @@ class Inputs:
         return torch.stack([chunk.abs().amax(0) for chunk in self.chunks]).amax(0).float()
 
     def sample(self, rows: int) -> Tensor:
-        """About ``rows`` tokens, evenly spread, float32."""
+        """``rows`` tokens, float32, drawn at random: what has a place in its row, as first tokens do, stays as rare."""
         x = torch.cat(self.chunks)
-        return x[:: max(1, len(x) // rows)].float()
+        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:rows]
+        return x[drawn.to(x.device)].float()
 
 
 class Walk:

@@ -5,6 +5,7 @@ The product stays the same, and which of the two sides loses more by rounding ch
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from batchinfer.engine.model.spec import DecoderSpec
@@ -17,6 +18,7 @@ def fold(group: Group, linear: str, scale: Tensor, spec: DecoderSpec) -> None:
 
     The scale of ``o`` must be ``shared`` among the queries of a KV head.
     """
+    assert torch.allclose(scale, shared(scale, linear, spec), rtol=1e-4), "queries of a KV head share their scale"
     group[f"{linear}.weight"] = group[f"{linear}.weight"] * scale
     if linear in ("qkv", "gate_up"):
         norm = "attn_norm.weight" if linear == "qkv" else "mlp_norm.weight"

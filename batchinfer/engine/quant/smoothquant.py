@@ -23,16 +23,17 @@ def quantize_layer(group: Group, inputs: dict[str, Inputs], spec: DecoderSpec, s
     """Scale ``group`` in place and give each linear's form ``w8a8``."""
     for linear in ("o", "down", "qkv", "gate_up"):  # first those whose scale goes into another's rows
         seen, weight = inputs[linear], group[f"{linear}.weight"]
-        fold(group, linear, search_scale(weight, seen.sample(ROWS), shared(seen.most, linear, spec)), spec)
+        largest = [shared(values, linear, spec) for values in (seen.most, weight.abs().amax(0))]
+        fold(group, linear, search_scale(weight, seen.sample(ROWS), *largest), spec)
     return {linear: int8.quantize_w8a8(group[f"{linear}.weight"]) for linear in inputs}
 
 
-def search_scale(weight: Tensor, x: Tensor, most: Tensor) -> Tensor:
-    """float32 ``[K]`` to divide the inputs by, from their largest magnitudes ``most`` and those of the weights."""
+def search_scale(weight: Tensor, x: Tensor, of_inputs: Tensor, of_weights: Tensor) -> Tensor:
+    """float32 ``[K]`` to divide the inputs by, from the largest magnitudes of both sides."""
     wanted = F.linear(x, weight)
-    largest = weight.abs().amax(0).clamp(min=1e-5)
-    best, least = torch.ones_like(most), float("inf")
-    powers = (most.clamp(min=1e-5) ** strength / largest ** (1 - strength) for strength in STRENGTHS)
+    of_inputs, of_weights = of_inputs.clamp(min=1e-5), of_weights.clamp(min=1e-5)
+    best, least = torch.ones_like(of_inputs), float("inf")
+    powers = (of_inputs**strength / of_weights ** (1 - strength) for strength in STRENGTHS)
     for scale in (best, *(power.clamp(min=1e-5) for power in powers)):
         loss = float((F.linear(_rounded(x / scale), _rounded(weight * scale)) - wanted).square().sum())
         if loss < least:

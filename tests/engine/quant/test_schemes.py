@@ -11,7 +11,6 @@ from batchinfer.engine.kernels.linear.int4 import dequantize
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.quant import SCHEMES, awq, gptq, int4, smoothquant
 from batchinfer.engine.quant.calibration import Inputs
-from batchinfer.engine.quant.fold import fold, shared
 from batchinfer.errors import ModelError
 from tests.engine.tiny import DEVICES, make_model
 
@@ -74,7 +73,7 @@ def test_awq_loses_less_than_rounding(weight_and_inputs):
 def test_smoothquant_loses_less_than_rounding_both_sides_as_they_are(weight_and_inputs):
     weight, inputs = weight_and_inputs
     x = inputs.sample(512)
-    scale = smoothquant.search_scale(weight, x, inputs.most)
+    scale = smoothquant.search_scale(weight, x, inputs.most, weight.abs().amax(0))
 
     def loss(scale: torch.Tensor) -> float:
         x_rounded, weight_rounded = (smoothquant._rounded(side) for side in (x / scale, weight * scale))
@@ -83,33 +82,45 @@ def test_smoothquant_loses_less_than_rounding_both_sides_as_they_are(weight_and_
     assert loss(scale) < 0.6 * loss(torch.ones_like(scale))
 
 
-def test_folding_a_scale_changes_no_product():
+@pytest.fixture
+def layer():
     torch.manual_seed(0)
     heads, kv = TINY.num_heads * TINY.head_dim, TINY.num_kv_heads * TINY.head_dim
-    group = {
+    uneven = (torch.rand(heads + 2 * kv, 1) * 4) ** 2
+    return {
         "attn_norm.weight": torch.rand(64) + 0.5,
-        "qkv.weight": torch.randn(heads + 2 * kv, 64),
+        "qkv.weight": torch.randn(heads + 2 * kv, 64) * uneven,
         "qkv.bias": torch.randn(heads + 2 * kv),
         "o.weight": torch.randn(64, heads),
         "mlp_norm.weight": torch.rand(64) + 0.5,
         "gate_up.weight": torch.randn(192, 64),
         "down.weight": torch.randn(64, 96),
     }
-    x = torch.randn(5, 64)
 
-    def outputs() -> list[torch.Tensor]:
-        qkv = (x * group["attn_norm.weight"]) @ group["qkv.weight"].T + group["qkv.bias"]
-        values = qkv[:, heads + kv :].view(5, TINY.num_kv_heads, 1, -1).expand(-1, -1, 2, -1).reshape(5, -1)
-        gate, up = ((x * group["mlp_norm.weight"]) @ group["gate_up.weight"].T).chunk(2, dim=1)
-        mlp = (gate.sigmoid() * up) @ group["down.weight"].T
-        return [qkv[:, : heads + kv], values @ group["o.weight"].T, gate, mlp]
 
-    before = outputs()
-    for linear in ("o", "down", "qkv", "gate_up"):
-        width = group[f"{linear}.weight"].shape[1]
-        fold(group, linear, shared(torch.rand(width) * 4 + 0.1, linear, TINY), TINY)
-    for was, now in zip(before, outputs(), strict=True):
-        torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-4)
+def through(group: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the linears of a layer are fed, and what they give; attention looks at nothing but the token itself."""
+    heads, kv = TINY.num_heads * TINY.head_dim, TINY.num_kv_heads * TINY.head_dim
+    first, second = x * group["attn_norm.weight"], x * group["mlp_norm.weight"]
+    qkv = first @ group["qkv.weight"].T + group["qkv.bias"]
+    values = qkv[:, heads + kv :].view(len(x), TINY.num_kv_heads, 1, -1).expand(-1, -1, 2, -1).reshape(len(x), -1)
+    gate, up = (second @ group["gate_up.weight"].T).chunk(2, dim=1)
+    activated = gate.sigmoid() * up
+    made = [qkv[:, : heads + kv], values @ group["o.weight"].T, gate, activated @ group["down.weight"].T]
+    return [first, values, second, activated], made
+
+
+@pytest.mark.parametrize("scheme", [awq, smoothquant])
+def test_scales_that_a_scheme_finds_change_no_product(layer, scheme):
+    x = torch.randn(200, 64) * (torch.rand(64) * 8) ** 2
+    fed, before = through(layer, x)
+    inputs = {linear: Inputs([one]) for linear, one in zip(("qkv", "o", "gate_up", "down"), fed, strict=True)}
+    unscaled = {name: tensor.clone() for name, tensor in layer.items()}
+    scheme.quantize_layer(layer, inputs, TINY, 32)
+    scaled = [linear for linear in inputs if not layer[f"{linear}.weight"].equal(unscaled[f"{linear}.weight"])]
+    assert {"o", "qkv"} <= set(scaled)
+    for was, now in zip(before, through(layer, x)[1], strict=True):
+        torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-4 * float(was.abs().max()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
