@@ -15,7 +15,9 @@ from batchinfer.engine.kv_cache import PagePool, page_hashes
 from batchinfer.engine.profile import Profile, in_order, limits
 from batchinfer.request import SamplingParams
 
+AHEAD = 1  # steps composed before the last one's tokens are known: one hides the host, more only waste more
 _PREFILL_STEPS = 32  # in which what waits for prefill is worked off, where it is throttled
+_LEAST_PREFILL = 32  # tokens a step, lest a small job creep
 _OVERTAKEN = 4  # sequences that came before, for each token that this one may say more than they
 
 
@@ -125,6 +127,8 @@ class Scheduler:
         self._limit = np.zeros(rows, np.int32)
         self._awaited = np.zeros(rows, np.int32)  # tokens beyond those known, of steps not yet complete
         self._tenancy = np.zeros(rows, np.int64)  # sequences that have left the row
+        self._latest = np.zeros(rows, np.int64)  # the last step that the row is in
+        self._steps = 0  # composed
         self._ignore_eos = np.zeros(rows, bool)
         self._asks_stop = np.zeros(rows, bool)
         self._sampling = {
@@ -212,17 +216,28 @@ class Scheduler:
     def _fair_share(self) -> tuple[int, int]:
         """The rows that decode and the tokens in all that a step may have, so that those under way are alike.
 
-        Prefill is throttled as in gLLM (arXiv:2504.14775): its share of all that waits, not all that fits.
+        Prefill is throttled as in gLLM (arXiv:2504.14775): its share of all that waits, not all that fits; where that
+        is less than what decodes, it may be as much, since such a step is not much longer than its neighbours.
         """
         step_tokens = self.profile.step_tokens
         if self.micro_batches == 1:
             return len(self._running), step_tokens
         todo = self._length[self._running] - self._computed[self._running]
         decoding = -(-np.count_nonzero(todo <= 1) // self.micro_batches)
-        prefill = int(todo[todo > 1].sum())
-        prefill += sum(len(sequence.token_ids) for sequence in islice(self.waiting, len(self._free_rows)))
-        prefill = max(-(-prefill // _PREFILL_STEPS), step_tokens // 16)
+        prefill = int(todo[todo > 1].sum()) + self._admissible()
+        prefill = max(-(-prefill // _PREFILL_STEPS), decoding, _LEAST_PREFILL)
         return max(1, decoding), min(decoding + prefill, step_tokens)
+
+    def _admissible(self) -> int:
+        """Tokens of those that wait and that rows and pages could hold now."""
+        tokens, room = 0, self.pages.available - self._promised_pages()
+        for sequence in islice(self.waiting, len(self._free_rows)):
+            length = len(sequence.token_ids)
+            room -= int(self._pages_for(self._expected_length(sequence.prompt_len, length, sequence.limit)))
+            if room < 0:
+                break
+            tokens += length
+        return tokens
 
     def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be.
@@ -234,7 +249,9 @@ class Scheduler:
             todo = self._length[rows] + self._awaited[rows] - self._computed[rows]
             decode_first = np.argsort(todo > 1, kind="stable")
             rows, todo = rows[decode_first], todo[decode_first]
-            taken = (todo > 1) | (np.arange(len(rows)) < most_decoding)
+            taken = todo > 1
+            longest_out = np.argsort(self._latest[rows[~taken]], kind="stable")
+            taken[longest_out[:most_decoding]] = True  # those that decode are in front
             rows, todo = rows[taken], todo[taken]
             before = np.cumsum(todo) - todo
             chunks = np.clip(most_tokens - before, 0, todo)
@@ -253,6 +270,8 @@ class Scheduler:
     def _may_go_on(self, rows: np.ndarray) -> np.ndarray:
         awaited = self._awaited[rows]
         goes_ahead = (awaited <= self.ahead) & (self._sampling["repetition_penalty"][rows] == 1)
+        # Not with a token that is so far away that the first stage would wait for it.
+        goes_ahead &= self._steps - self._latest[rows] >= self.micro_batches
         return (awaited == 0) | (goes_ahead & (self._length[rows] + awaited < self._limit[rows]))
 
     def _preempt(self, row: int) -> None:
@@ -298,7 +317,7 @@ class Scheduler:
         chunks: list[int] = []
         if not (self.waiting and planned < most_tokens and self._free_rows):
             return rows, chunks
-        promised = int((self._expected_pages(self._running) - self._held[self._running]).clip(0).sum())
+        promised = self._promised_pages()
         longest = int(self._limit[self._running].max(initial=0))
         while self.waiting and planned < most_tokens and self._free_rows:
             sequence = self.waiting[0]
@@ -354,11 +373,18 @@ class Scheduler:
         self._held[row] = self._published[row] = len(pages)
         self._computed[row] = len(pages) * self.page_size
 
+    def _promised_pages(self) -> int:
+        """Beyond what they hold, what those that run are expected to need."""
+        return int((self._expected_pages(self._running) - self._held[self._running]).clip(0).sum())
+
     def _expected_pages(self, rows: np.ndarray) -> np.ndarray:
-        """Pages that rows will hold when they end, by how much of their limit completions have used so far."""
-        prompt, limit = self._prompt_len[rows], self._limit[rows]
+        """Pages that rows will hold when they end."""
+        return self._pages_for(self._expected_length(self._prompt_len[rows], self._length[rows], self._limit[rows]))
+
+    def _expected_length(self, prompt, length, limit):
+        """Tokens of sequences when they end, by how much of their limit completions have used so far."""
         expected = prompt + np.ceil((limit - prompt) * min(1.0, 1.25 * self._used_share)).astype(np.int32)
-        return self._pages_for(np.clip(expected, self._length[rows], limit))
+        return np.clip(expected, length, limit)
 
     def _finish(self, row: int, reason: str) -> Sequence:
         sequence = self._sequences[row]
@@ -392,6 +418,8 @@ class Scheduler:
         sampled_rows = rows[samples]
         sampling = self._sampling_batch(sampled_rows)
         self._awaited[sampled_rows] += 1
+        self._latest[rows] = self._steps
+        self._steps += 1
         return StepBatch(
             token_ids=np.where(positions < self._length[owners], self._tokens[owners, positions], np.int32(-1)),
             positions=positions.astype(np.int32),

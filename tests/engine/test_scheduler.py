@@ -235,13 +235,49 @@ def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ende
 
 def test_prefill_is_spread_over_the_steps_of_a_pipeline():
     scheduler = Scheduler([Profile(64, 256, SEQ_LEN)], PagePool(64 * 12), PAGE, (EOS,), False, micro_batches=2)
-    for _ in range(16):
+    for _ in range(64):
         scheduler.add(sequence([2] * 40, max_tokens=1))
     sizes = []
     while (step := scheduler.schedule()) is not None:
         sizes.append(step.num_tokens)
-    assert sum(sizes) == 16 * 40
-    assert sizes[0] == 16 * 40 // 32 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
+    assert sum(sizes) == 64 * 40
+    assert sizes[0] == 64 * 40 // 32 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
+
+
+def test_prompts_that_follow_others_make_no_step_much_longer_than_its_neighbours():
+    scheduler = Scheduler([Profile(256, 4096, SEQ_LEN)], PagePool(256 * 12), PAGE, (EOS,), False, micro_batches=2)
+    rng = np.random.default_rng(0)
+    for _ in range(768):
+        scheduler.add(sequence([2] * 40, max_tokens=2 + int(rng.integers(0, 7))))
+    under_way, sizes = deque([scheduler.schedule(), scheduler.schedule()]), []
+    while under_way:
+        step = under_way.popleft()
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+        if (step := scheduler.schedule()) is not None:
+            under_way.append(step)
+            sizes.append(step.num_tokens)
+    assert len(sizes) > 50
+    assert all(later <= 2 * size + 32 for size, later in zip(sizes, sizes[1:]))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_a_row_goes_ahead_only_when_its_token_is_as_many_steps_away_as_are_to_be_under_way(micro_batches):
+    profile = Profile(64, 256, SEQ_LEN)
+    scheduler = Scheduler([profile], PagePool(64 * 12), PAGE, (EOS,), True, micro_batches, ahead=1)
+    rng = np.random.default_rng(0)
+    for _ in range(64):
+        scheduler.add(sequence([2, 3], max_tokens=4 + int(rng.integers(0, 30))))
+    under_way, ahead = deque(), 0
+    while scheduler.waiting or scheduler.num_running or under_way:
+        if len(under_way) <= micro_batches and (step := scheduler.schedule()) is not None:
+            recent = [row for other in list(under_way)[1 - micro_batches :] for row in other.rows.tolist()]
+            assert not set(step.rows.tolist()) & set(recent)
+            ahead += int((step.token_ids < 0).sum())
+            under_way.append(step)
+        else:
+            step = under_way.popleft()
+            scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
+    assert ahead > 300
 
 
 def test_a_step_ahead_begins_with_a_token_that_nobody_knows_and_counts_for_nothing_after_the_end():
