@@ -14,7 +14,7 @@ from batchinfer.bench import workload
 from batchinfer.engine.balance import SAMPLED, Costs, deal
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.simulate import Simulated, simulate
 from batchinfer.engine.trace import Span
 from batchinfer.request import Request
@@ -132,7 +132,12 @@ def _simulate(
     jobs: list[Request], run: _Run, costs: StepCosts, partition: Sequence[int], micro_batches: int, profile: Profile
 ) -> Simulated:
     return simulate(
-        jobs, profile, lambda step: costs.of(partition, step), micro_batches, engine_seconds=run.engine_seconds
+        jobs,
+        profile,
+        lambda step: costs.of(partition, step),
+        micro_batches,
+        ahead=AHEAD,
+        engine_seconds=run.engine_seconds,
     )
 
 
@@ -187,6 +192,7 @@ def foretell_gpus(
             profile,
             lambda step, tp=tp, partition=partition: stages(step, tp, partition),
             pp,
+            ahead=AHEAD,
             engine_seconds=300e-6,
             hop_seconds=200e-6,
         )

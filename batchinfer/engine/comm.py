@@ -149,6 +149,7 @@ class Sizes:
 
     slots: int  # tensors that may be under way from a rank to another
     hop_bytes: int  # the largest tensor of a hop
+    token_bytes: int  # the tokens of a step
     team_bytes: int  # the largest tensor of a sum or a gathering
     piece_bytes: int  # the largest tensor of keys and values
 
@@ -172,7 +173,8 @@ class SharedPeers:
         self.on_this_device = world.size
         self.sent = 0
         self._rank = rank
-        links = dict.fromkeys(world.hops(), sizes.hop_bytes) | dict.fromkeys(transfers, sizes.piece_bytes)
+        links = dict.fromkeys(world.hops(), sizes.hop_bytes) | dict.fromkeys(world.feedback(), sizes.token_bytes)
+        links |= dict.fromkeys(transfers, sizes.piece_bytes)
         self._rings = {(a, b): Ring(arena, a, b, sizes.slots, size, deadline) for (a, b), size in links.items()}
         teams = {r: world.layout(r).team(r) for r in range(world.size)}
         seats = [Seat(arena, r, sizes.team_bytes if len(teams[r]) > 1 else 0, deadline) for r in teams]
@@ -225,6 +227,12 @@ class DistributedPeers:
             if len(team) > 1:  # every rank takes part in making every group
                 group = dist.new_group(list(team), timeout=patience)
                 self._team = group if rank in team else self._team
+        # NCCL keeps the order of what two ranks send each other in one group: tokens would wait for hops and they for
+        # tokens.
+        self._feedback = dict.fromkeys(world.feedback())
+        if self._feedback:
+            group = dist.new_group(sorted({r for pair in self._feedback for r in pair}), timeout=patience)
+            self._feedback = dict.fromkeys(self._feedback, group)
         self.sent = 0
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
@@ -246,11 +254,11 @@ class DistributedPeers:
         self.sent += x.nbytes
         while self._sending and (self._sending[0][0].is_completed() or len(self._sending) >= _MOST_SENDING):
             self._sending.popleft()[0].wait()
-        self._sending.append((dist.isend(x, to), x))
+        self._sending.append((dist.isend(x, to, self._feedback.get((dist.get_rank(), to))), x))
 
     def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         x = torch.empty(shape, dtype=dtype, device=self._device)
-        self._expected[sender].append((dist.irecv(x, sender), x))
+        self._expected[sender].append((dist.irecv(x, sender, self._feedback.get((sender, dist.get_rank()))), x))
 
     def receive(self, sender: int) -> Tensor:
         work, x = self._expected[sender].popleft()

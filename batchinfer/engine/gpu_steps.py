@@ -21,9 +21,8 @@ from batchinfer.engine.kernels.attention import SHARERS, shared_pages
 from batchinfer.engine.kernels.gpu.sampling import argmax
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.profile import Shape
-from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.scheduler import AHEAD, StepBatch
 
-AHEAD = 1  # steps composed before the last one's tokens are known: one hides the host, more only waste more
 PREFILLS = 128  # most sequences of a recorded step that have more than a token to compute
 LARGEST = 4096  # tokens of a recorded step
 SHARING = 128  # sequences from which on it pays to look for pages that neighbours share
@@ -52,8 +51,9 @@ class GpuSteps:
         self._padding = {"slots": -1, "rows": rows, "sampled_rows": rows}
         self._inbox = Inbox(3 * limits.step_tokens + rows * (self._table_width + 7), AHEAD + 1, device)
         self._largest = largest = min(LARGEST, limits.step_tokens)
-        if self._whole:  # by row of the scheduler's table, the token sampled last; padding samples to the end
+        if shard.first:  # by row of the scheduler's table, the token sampled last; padding samples to the end
             self._last = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        if self._whole:
             self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
             self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
             self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
@@ -95,6 +95,10 @@ class GpuSteps:
             return out[: len(step.sampled)]
         return out[: step.num_tokens].clone()  # may be on its way to another rank while the next step is computed
 
+    def learn(self, rows: np.ndarray, tokens: Tensor) -> None:
+        """Keep the tokens that another rank sampled for ``rows``: what a step leaves out is these."""
+        self._last[torch.from_numpy(rows).to(self._last.device, non_blocking=True)] = tokens
+
     def _run(self, step: StepBatch, inputs: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """What was uploaded, and what the layers gave."""
         self._launched += 1
@@ -123,9 +127,12 @@ class GpuSteps:
     def _compute(
         self, views: dict[str, Tensor], decodes: int, prefills: int, context: int, inputs: Tensor | None
     ) -> Tensor:
-        """A step that has at most so many sequences, of at most so much context; a whole model's tokens are kept."""
+        """A step that has at most so many sequences, of at most so much context; a whole model's tokens are kept.
+
+        The first layers fill in the tokens that the host did not know.
+        """
         token_ids, rows = views["token_ids"], views["rows"]
-        if self._whole:
+        if self._decoder.shard.first:
             decoding = token_ids[: len(rows)]  # among them all that the host does not know
             decoding.copy_(torch.where(decoding < 0, self._last[rows].clamp_(min=0), decoding))
         batch = AttentionBatch(

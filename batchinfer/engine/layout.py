@@ -51,6 +51,15 @@ class Layout:
         """Pairs of ranks that the residual stream goes between."""
         return ((rank, rank + self.tp) for rank in self.ranks[: -self.tp])
 
+    @property
+    def sampler(self) -> int:
+        """The rank that chooses tokens."""
+        return self.ranks[-self.tp]
+
+    def feedback(self) -> Iterator[tuple[int, int]]:
+        """Pairs of ranks that chosen tokens go between: from the sampler to those that begin with them."""
+        return ((self.sampler, rank) for rank in self.ranks[: self.tp] if rank != self.sampler)
+
     def shard(self, model: DecoderSpec, rank: int) -> Shard:
         stage = self.stage(rank)
         first = sum(self.partition[:stage])
@@ -81,6 +90,10 @@ class World:
 
     def hops(self) -> Iterator[tuple[int, int]]:
         return (hop for layout in self.layouts for hop in layout.hops())
+
+    def feedback(self) -> list[tuple[int, int]]:
+        """Of two layouts, the tokens that one begins with are the other's: they go through the engine."""
+        return list(self.layouts[0].feedback()) if len(self.layouts) == 1 else []
 
     def pieces(self, model: DecoderSpec) -> list[Piece]:
         """What goes from the first layout's ranks to the last's, each head of each layer once, however both are cut."""

@@ -30,7 +30,7 @@ from batchinfer.engine.layout import Layout, World
 from batchinfer.engine.link import DEADLINE, Link, Message, encode
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.stage import Tokens
 from batchinfer.engine.trace import Trace
 from batchinfer.engine.transfer import PIECE_BYTES, pages_of, split
@@ -46,11 +46,10 @@ class Pipeline:
     """All ranks, each a process, behind the face of one stage.
 
     Steps are launched one after the other and pass through the stages in that order, so that each stage works on
-    another one; their tokens are taken in the same order. With ranks that compute prompts apart from those that decode,
-    each step goes to both, in parts. A rank that dies or is silent for too long ends them all.
+    another one; their tokens are taken in the same order. The last stage tells the first directly which they are, so
+    that a step more may be launched before the engine knows. With ranks that compute prompts apart from those that
+    decode, each step goes to both, in parts. A rank that dies or is silent for too long ends them all.
     """
-
-    ahead = 0  # a row's next token is computed when the host knows its last
 
     def __init__(
         self,
@@ -86,7 +85,8 @@ class Pipeline:
             partition = deal(layers, pp, costs or Costs(1, 0, 0))
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
         self.world = World((layout,))
-        self.depth = micro_batches or pp
+        self.ahead = 0 if prefill else AHEAD
+        self.depth = (micro_batches or pp) + self.ahead
         if prefill:
             before = Layout(prefill[0], deal(layers, prefill[1], costs or Costs(1, 0, 0)), 0, "prefill")
             self.world = World((before, layout))
@@ -116,6 +116,7 @@ class Pipeline:
             threads=threads,
             kv_cache_gib=kv_cache_gib,
             deadline=DEADLINE,
+            depth=self.depth,
         )
         if elsewhere():
             store = self._store = connect_store()
@@ -157,7 +158,8 @@ class Pipeline:
         hop = limits.step_tokens * spec.hidden_size * torch.float32.itemsize
         gathered = limits.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
         page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
-        return Sizes(self.depth + 1, hop, max(hop, gathered), max(PIECE_BYTES, page))
+        tokens = limits.batch_size * np.dtype(np.int32).itemsize
+        return Sizes(self.depth + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
 
     def _share_memory(self, plan: EnginePlan, sizes: Sizes) -> int:
         """A file without a name, for an arena; only what is touched takes memory. It goes with its last process."""

@@ -34,6 +34,7 @@ def simulate(
     stage_seconds: StageSeconds,
     micro_batches: int,
     *,
+    ahead: int = 0,
     page_size: int = 16,
     engine_seconds: float = 0.0,
     hop_seconds: float = 0.0,
@@ -42,15 +43,17 @@ def simulate(
 
     Args:
         micro_batches: steps under way at once.
+        ahead: as many more, which begin with tokens that the last stage tells the first, not the engine.
         engine_seconds: what the engine takes to compose a step and to take in its tokens.
-        hop_seconds: from the end of a stage to the beginning of the next, and from the last to the engine.
+        hop_seconds: from the end of a stage to the beginning of the next, and from the last to the engine or the first.
     """
     pages = PagePool(profile.batch_size * -(-profile.seq_len // page_size))
-    scheduler = Scheduler([profile], pages, page_size, (), False, micro_batches)
+    scheduler = Scheduler([profile], pages, page_size, (), False, micro_batches, ahead)
     source = iter(requests)
     under_way: deque[tuple[StepBatch, float]] = deque()
     now, tokens, steps, pulled = 0.0, 0, 0, True
     free: list[float] = []
+    known = np.zeros(profile.batch_size)  # by row, when the token sampled last is there
     busy = 0.0
     while True:
         while pulled and scheduler.num_running + len(scheduler.waiting) < profile.batch_size:
@@ -58,15 +61,17 @@ def simulate(
                 sequence = _sequence(pulled, profile)
                 tokens += sequence.limit
                 scheduler.add(sequence)
-        while len(under_way) < micro_batches and (step := scheduler.schedule()) is not None:
+        while len(under_way) < micro_batches + ahead and (step := scheduler.schedule()) is not None:
             now += engine_seconds
             steps += 1
-            arrives, costs = now, stage_seconds(step)
+            begins_with = step.rows[: step.singles][step.token_ids[: step.singles] < 0]
+            arrives, costs = max(now, known[begins_with].max(initial=0)), stage_seconds(step)
             free = free or [0.0] * len(costs)
             for stage, cost in enumerate(costs):
                 free[stage] = max(free[stage], arrives) + cost
                 arrives = free[stage] + hop_seconds
                 busy += cost
+            known[step.sampled_rows] = arrives
             under_way.append((step, arrives))
         if not under_way:
             return Simulated(now, tokens, steps, 1 - busy / (now * len(free)))

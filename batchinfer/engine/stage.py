@@ -15,7 +15,7 @@ from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Shape
-from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.tactics import winners
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory
@@ -84,9 +84,10 @@ class Stage:
         page_bytes = attention.page_bytes(spec.num_layers)
         self.num_pages = agree(self._count_pages(plan, page_bytes, kv_cache_gib))
         self.caches = attention.allocate(spec.num_layers, self.num_pages)
+        self._last = torch.zeros(limits.batch_size, dtype=torch.int32)  # by row of the scheduler's table
         self._gpu_steps = None
         if self.device.type == "cuda" and record:
-            from batchinfer.engine.gpu_steps import AHEAD, GpuSteps
+            from batchinfer.engine.gpu_steps import GpuSteps
 
             if peers is ALONE:
                 self.depth, self.ahead = AHEAD + 1, AHEAD
@@ -114,7 +115,14 @@ class Stage:
         """Compute a step, or begin to: keys and values into their pages, and sampled tokens to be asked for."""
         if self._gpu_steps is not None:
             return self._gpu_steps.launch(step)
-        return self.sample(step, self.forward(step, None))
+        return to_host(self.sample(step, self.forward(step, None)))
+
+    def learn(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
+        """Keep the tokens sampled for ``rows`` of the scheduler's table: what a step leaves out is these."""
+        if self._gpu_steps is not None:
+            self._gpu_steps.learn(rows, tokens)
+        else:
+            self._last[torch.from_numpy(rows)] = tokens
 
     def details(self) -> dict[str, Any]:
         """Nothing beyond what every engine tells."""
@@ -132,7 +140,7 @@ class Stage:
         """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``, or None for the step's tokens."""
         if self._gpu_steps is not None:
             return self._gpu_steps.forward(step, inputs)
-        inputs = self._tensor(step.token_ids) if inputs is None else inputs
+        inputs = self._tensor(self._filled_in(step)) if inputs is None else inputs
         batch = AttentionBatch(
             positions=self._tensor(step.positions),
             slots=self._tensor(step.slots),
@@ -147,21 +155,23 @@ class Stage:
         )
         return self.decoder.forward(inputs, batch, self.caches, self._tensor(step.sampled))
 
-    @torch.inference_mode()
-    def sample(self, step: StepBatch, logits: torch.Tensor) -> Tokens | None:
-        """Choose tokens from a step's logits; None on all but the first of a stage's ranks.
+    def _filled_in(self, step: StepBatch) -> np.ndarray:
+        """A step's tokens, those among them that the host did not know."""
+        unknown = step.token_ids < 0
+        if not unknown.any():
+            return step.token_ids
+        owners = np.repeat(step.rows, np.diff(step.query_starts))
+        last = self._last.numpy()[owners].clip(0)  # -1: a sequence that has failed, in a step for nothing
+        return np.where(unknown, last, step.token_ids)
 
-        They may be read when the device has come to this point of its work.
-        """
+    @torch.inference_mode()
+    def sample(self, step: StepBatch, logits: torch.Tensor) -> torch.Tensor | None:
+        """Choose tokens from a step's logits, int32 ``[samples]``; None on all but the first of a stage's ranks."""
         if not len(step.sampled):
-            return None if self.shard.tp_rank else lambda: np.empty(0, np.int32)
+            return None if self.shard.tp_rank else torch.empty(0, dtype=torch.int32)
         if self.shard.tp > 1:
             logits = self.peers.gather(logits, self.shard.vocabulary_shares)
-        if logits is None:
-            return None
-        chosen = self.kernels.sample(logits, step.sampling)
-        tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=self.device.type == "cuda")
-        return tokens.copy_(chosen, non_blocking=True).numpy
+        return None if logits is None else self.kernels.sample(logits, step.sampling)
 
     def kv_views(self, layers: range, kv_heads: range) -> list[torch.Tensor]:
         """Of each of the model's ``layers``, its pages of the model's ``kv_heads``: views ``[pages, kv_heads, …]``."""
@@ -171,6 +181,12 @@ class Stage:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def to_host(tokens: torch.Tensor) -> Tokens:
+    """Begin to copy. They may be read when the device has come to this point of its work."""
+    copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+    return copy.copy_(tokens, non_blocking=True).numpy
 
 
 def _free_memory(device: torch.device, spec: DecoderSpec, limits: Shape) -> float:

@@ -31,7 +31,7 @@ from batchinfer.engine.layout import Layout, Piece, World
 from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import StepBatch
-from batchinfer.engine.stage import Stage, Tokens
+from batchinfer.engine.stage import Stage, Tokens, to_host
 from batchinfer.engine.transfer import expect_pages, pages_of, send_pages, take_pages
 from batchinfer.errors import BatchInferError
 
@@ -109,6 +109,11 @@ class Worker:
         if not self.clock.prompt:
             threading.Thread(target=self._tell_all, daemon=True).start()
         self.before, self.after = self.rank - self.layout.tp, self.rank + self.layout.tp
+        feedback = self.world.feedback()
+        self.listeners = [to for sampler, to in feedback if sampler == self.rank]
+        self.listens = any(to == self.rank for _, to in feedback)
+        self.depth = told["depth"]
+        self.owed: deque[tuple[int, np.ndarray]] = deque()  # steps whose tokens are not taken in yet; for which rows
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
     def _join(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece], arena: int | None) -> Peers:
@@ -147,12 +152,14 @@ class Worker:
                 self._compute(step_of(message.fields), message.fields["number"])
 
     def _compute(self, step: StepBatch, number: int) -> None:
+        if self.listens:
+            self._learn(step, number)
         inputs = None if self.stage.shard.first else self.peers.receive(self.before)
         begun = self.clock.now()
         out = self.stage.forward(step, inputs)
         tokens = None
         if self.stage.shard.last:
-            tokens = self.stage.sample(step, out)
+            tokens = self._sample(step, out)
         else:
             self.peers.send(self.after, out)
         about = dict(step=number, sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled))
@@ -161,6 +168,27 @@ class Worker:
             begun, pages = self.clock.now(), pages_of(step, self.stage.page_size)
             send_pages(self.stage, self.peers, self.outgoing, pages)
             self._tell("moved", begun, pages=len(pages))
+
+    def _sample(self, step: StepBatch, logits: torch.Tensor) -> Tokens | None:
+        """Choose tokens; whoever begins the next step with them has them at once, before the engine has."""
+        chosen = self.stage.sample(step, logits)
+        if chosen is None:
+            return None
+        if len(chosen):
+            for listener in self.listeners:
+                self.peers.send(listener, chosen)
+            if self.stage.shard.first:
+                self.stage.learn(step.sampled_rows, chosen)
+        return to_host(chosen)
+
+    def _learn(self, step: StepBatch, number: int) -> None:
+        """Take in the tokens that a step goes on from, and those that the engine has had, lest they pile up."""
+        missing = step.rows[: step.singles][step.token_ids[: step.singles] < 0]
+        until = max((owed for owed, rows in self.owed if np.isin(missing, rows).any()), default=0)
+        while self.owed and self.owed[0][0] <= max(until, number - self.depth):
+            self.stage.learn(self.owed.popleft()[1], self.peers.receive(self.layout.sampler))
+        if len(step.sampled):
+            self.owed.append((number, step.sampled_rows))
 
     def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, **about: Any) -> None:
         """Tell what was done since ``begun``, as soon as the device has done it."""
@@ -190,11 +218,17 @@ class Worker:
                     return
                 if message.kind == "pages":
                     expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
-                elif not self.stage.shard.first:
-                    shape = (len(message.fields["token_ids"]), self.hidden_size)
-                    self.peers.expect(self.before, shape, torch.float32)
+                else:
+                    self._expect(len(message.fields["token_ids"]), len(message.fields["sampled"]))
                 known.append(message)
             yield known.popleft()
+
+    def _expect(self, tokens: int, samples: int) -> None:
+        """What a step will need of other ranks, or bring from them."""
+        if not self.stage.shard.first:
+            self.peers.expect(self.before, (tokens, self.hidden_size), torch.float32)
+        if self.listens and samples:
+            self.peers.expect(self.layout.sampler, (samples,), torch.int32)
 
 
 def fields_of(step: StepBatch) -> dict[str, Any]:

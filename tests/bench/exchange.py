@@ -73,7 +73,7 @@ def _rank(rank: int, folder: str, repeats: int) -> None:
 
 def _shared(world: World, rank: int, path: str) -> SharedPeers:
     size = max(ROWS) * HIDDEN * 4
-    sizes, back = Sizes(2, size, size, size), [(1, 0)]
+    sizes, back = Sizes(2, size, size, size, size), [(1, 0)]
     need = Arena()
     SharedPeers(need, world, back, 0, DEADLINE, sizes)
     with open(path, "a+b") as file:

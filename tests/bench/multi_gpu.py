@@ -28,7 +28,7 @@ import torch
 from batchinfer import Engine, Request, SamplingParams
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import StepBatch
+from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.simulate import simulate
 from tests.bench import links
 from tests.bench.gpu import vllm
@@ -236,7 +236,7 @@ def _expect(plan: EnginePlan, layout: Layout, job: Workload, alone: dict[str, An
     profile = _profile(ROWS * layout.gpus)
     simulated = simulate(
         _requests(job), profile, stages, layout.micro_batches or layout.pp, page_size=64,
-        engine_seconds=alone["schedule_seconds"] / alone["steps"], hop_seconds=1e-4,
+        ahead=AHEAD, engine_seconds=alone["schedule_seconds"] / alone["steps"], hop_seconds=1e-4,
     )  # fmt: skip
     made = sum(output for _, output in job)
     return {"output_tok_s": round(made / simulated.seconds), "bubble": round(simulated.bubble, 4)}
