@@ -94,6 +94,23 @@ def test_any_layout_says_what_one_rank_says(models, alone, tp, pp, options, rank
         assert said(engine) == said(alone)
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (2, 2)])
+def test_a_step_is_launched_before_the_engine_knows_what_it_begins_with(
+    models, alone, tp, pp, ranks_are_threads, monkeypatch
+):
+    unknown = []
+    launch = pipeline.Pipeline.launch
+
+    def noting(self, step):
+        unknown.append(int((step.token_ids < 0).sum()))
+        return launch(self, step)
+
+    monkeypatch.setattr(pipeline.Pipeline, "launch", noting)
+    with contextlib.closing(Engine(models["llama"], tp=tp, pp=pp, **OPTIONS)) as engine:
+        assert said(engine) == said(alone)
+        assert sum(unknown) > engine.counters.completion_tokens / 4
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
