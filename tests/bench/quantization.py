@@ -1,84 +1,142 @@
-"""What every quantisation costs and gives, as a Markdown table: ``python -m tests.bench.quantization [MODEL]``.
+"""What every quantisation costs and gives, as Markdown tables: ``python -m tests.bench.quantization [MODEL ...]``.
 
-Each scheme is built and run in a process of its own, after plain bfloat16 and on the same requests. Perplexity is that
-of the build's held-out rows, which no calibration saw.
+The engines are built first. Then each runs in a process of its own beside plain bfloat16's: both are given the same
+requests in turn, several times, so that every ratio of speeds is one of neighbours; shown are medians. Perplexity is
+that of the build's held-out rows, which no calibration saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# scheme, group size, keys and values
-SCHEMES = [
-    ("none", 0, "auto"),
+from batchinfer.bench import _peak_rss_mb, _timed_run, workload
+from batchinfer.engine.build import build
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.plan import EnginePlan
+from tests.engine.train import TRAINED
+
+Recipe = tuple[str, int, str]  # scheme, group size, keys and values
+PLAIN: Recipe = ("none", 0, "auto")
+RECIPES: list[Recipe] = [
+    PLAIN,
     ("none", 0, "int8"),
     *((scheme, 0, "auto") for scheme in ("fp8", "int8", "w8a8", "smoothquant")),
     *((scheme, size, "auto") for size in (32, 128, -1) for scheme in ("int4", "awq", "gptq")),
 ]
+BATCH_SIZE = 64
 
 
-def measure(model: str, scheme: str, group_size: int, kv_dtype: str, requests: int) -> dict[str, Any]:
-    """Build, open and run one engine, here."""
-    from batchinfer.engine.build import build
-
-    with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as folder:
-        plan = build(
-            model,
-            Path(folder, "engine"),
-            dtype="bfloat16",
-            quantization=scheme,
-            group_size=group_size,
-            kv_dtype=kv_dtype,
-            max_quality_loss=1e9,
-            seq_len=1024,
-            progress=False,
-        )
-        layers = sum(file.stat().st_size for file in (plan.path / "weights").glob("layer-*"))
-        # A process of its own: the build's memory is not the engine's.
-        run = f"engine({str(plan.path)!r}, {requests})"
-        call = f"import json; from batchinfer.bench import engine; print(json.dumps({run}))"
-        done = subprocess.run([sys.executable, "-c", call], stdout=subprocess.PIPE, check=True)
-        ran = json.loads(done.stdout)
-    return {"quality": plan.quality, "layer_bytes": layers, **ran}
+def built(model: str, recipe: Recipe, folder: Path) -> EnginePlan:
+    """The engine in ``folder``, made if it is not there."""
+    scheme, group_size, kv_dtype = recipe
+    options = dict(dtype="bfloat16", batch_size=BATCH_SIZE, seq_len=1024, max_quality_loss=1e9, progress=False)
+    if not folder.exists():
+        build(model, folder, quantization=scheme, group_size=group_size, kv_dtype=kv_dtype, **options)
+    return EnginePlan.load(folder)
 
 
-def row(scheme: str, group_size: int, kv_dtype: str, found: dict[str, Any], plain: dict[str, Any]) -> str:
-    quality = found["quality"]
-    told = "· | · | ·"
-    if quality is not None:
+def serve(plan: str, requests: int) -> None:
+    """Say when it can begin, run the workload once for every line that comes in, and say how that went."""
+    engine = Engine(plan)
+    jobs = workload(requests, vocabulary=engine.plan.spec.vocab_size)
+    list(engine.generate(jobs[:8]))
+    print(flush=True)
+    for _ in sys.stdin:
+        ran = _timed_run(engine, jobs)
+        print(json.dumps({"tok_s": ran["total_tok_s"], "peak_mb": _peak_rss_mb()}), flush=True)
+
+
+@contextlib.contextmanager
+def opened(plan: EnginePlan, requests: int) -> Iterator[Any]:
+    """A function that runs the workload on ``plan`` in another process: the build's memory is not the engine's."""
+    command = [sys.executable, "-m", "tests.bench.quantization", "--serve", str(plan.path), "--requests", str(requests)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run() -> dict[str, float]:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        process.stdout.readline()
+        yield run
+        process.stdin.close()
+
+
+def side_by_side(plain: Any, one: Any, rounds: int) -> dict[str, float]:
+    """Medians of both taking turns; who begins changes."""
+    pairs = []
+    for i in range(rounds):
+        ran = {which: which() for which in ((plain, one) if i % 2 == 0 else (one, plain))}
+        pairs.append((ran[one], ran[plain]["tok_s"]))
+    return {
+        "tok_s": statistics.median(ran["tok_s"] for ran, _ in pairs),
+        "times": statistics.median(ran["tok_s"] / beside for ran, beside in pairs),
+        "peak_mb": max(ran["peak_mb"] for ran, _ in pairs),
+    }
+
+
+def layer_bytes(plan: EnginePlan) -> int:
+    return sum(file.stat().st_size for file in (plan.path / "weights").glob("layer-*"))
+
+
+def row(recipe: Recipe, plan: EnginePlan, plain: EnginePlan, ran: dict[str, float], perplexity: float) -> str:
+    scheme, group_size, kv_dtype = recipe
+    name = "bfloat16" if scheme == "none" else scheme
+    name += {0: "", -1: ", a scale a row"}.get(group_size, f", groups of {group_size}")
+    name += "" if kv_dtype == "auto" else f", keys and values in {kv_dtype}"
+    size, told = layer_bytes(plan), f"{perplexity:.2f} | · | ·"
+    if (quality := plan.quality) is not None:
         loss = quality["perplexity"] / quality["reference_perplexity"] - 1
-        told = f"{quality['perplexity']:.2f} | {loss:+.1%} | {quality['agreement']:.1%}"
-    group = {0: "", -1: ", a scale a row"}.get(group_size, f", groups of {group_size}")
-    kept = "" if kv_dtype == "auto" else f", keys and values in {kv_dtype}"
+        told = f"{quality['perplexity']:.2f} | {loss:+.2%} | {quality['agreement']:.1%}"
     return (
-        f"| {'bfloat16' if scheme == 'none' else scheme}{group}{kept} | {found['layer_bytes'] / 1e6:.1f} "
-        f"({plain['layer_bytes'] / found['layer_bytes']:.1f}× less) | {found['peak_rss_mb']:.0f} | "
-        f"{found['total_tok_s']:.0f} ({found['total_tok_s'] / plain['total_tok_s']:.2f}×) | {told} |"
+        f"| {name} | {size / 1e6:.1f} ({layer_bytes(plain) / size:.1f}× less) | {ran['peak_mb']:.0f} | "
+        f"{ran['tok_s']:,.0f} ({ran['times']:.2f}×) | {told} |"
     )
+
+
+def table(model: str, recipes: list[Recipe], engines: Path, requests: int, rounds: int) -> None:
+    begun = time.monotonic()
+    plans = {recipe: built(model, recipe, engines / "-".join(map(str, recipe))) for recipe in recipes}
+    qualities = [plan.quality for plan in plans.values() if plan.quality]
+    plain, tokens = plans[PLAIN], qualities[0]["tokens"]
+    print(f"\n{plain.model} on {plain.fingerprint['device']}, engines built in {time.monotonic() - begun:.0f} s;")
+    print(f"{requests} requests, up to {BATCH_SIZE} at once, {rounds} pairs of runs; {tokens:,} held-out tokens\n")
+    print("| | weights of layers, MB | peak memory, MB | tok/s, prompt and output | perplexity | loss | same token |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with opened(plain, requests) as beside:
+        for recipe, plan in plans.items():
+            with opened(plan, requests) as one:
+                ran = side_by_side(beside, one, rounds)
+            print(row(recipe, plan, plain, ran, qualities[0]["reference_perplexity"]), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("models", nargs="*", default=["smollm2-135m-instruct", str(TRAINED)])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--schemes", help="comma-separated; all unless given")
+    parser.add_argument("--engines", type=Path, help="folder to keep the engines in, so that a second run takes them")
+    parser.add_argument("--serve", metavar="PLAN", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    wanted = options.schemes and ["none", *options.schemes.split(",")]
-    print("| weights of layers | MB | peak memory, MB | tok/s | perplexity | loss | greedy agreement |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    plain = None
-    for scheme, group_size, kv_dtype in SCHEMES:
-        if wanted and scheme not in wanted:
-            continue
-        found = measure(options.model, scheme, group_size, kv_dtype, options.requests)
-        plain = plain or found
-        print(row(scheme, group_size, kv_dtype, found, plain), flush=True)
+    if options.serve:
+        return serve(options.serve, options.requests)
+    wanted = options.schemes and {"none", *options.schemes.split(",")}
+    recipes = [recipe for recipe in RECIPES if not wanted or recipe[0] in wanted]
+    with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as scratch:
+        for model in options.models:
+            engines = (options.engines or Path(scratch)) / Path(model).name
+            table(model, recipes, engines, options.requests, options.rounds)
 
 
 if __name__ == "__main__":

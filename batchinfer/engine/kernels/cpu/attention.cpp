@@ -34,7 +34,13 @@ struct Attention {
     const Kept* cache;
     T* out;
 
-    static constexpr bool WIDENS = !std::is_same_v<T, Kept>;  // a block of keys becomes T before it is worked on
+    static constexpr bool NARROW = !std::is_same_v<T, Kept>;
+#if defined(WHOLE_NUMBERS)
+    using Worked = std::conditional_t<NARROW && std::is_same_v<T, bf16>, Whole, T>;
+#else
+    using Worked = T;
+#endif
+    static constexpr bool WIDENS = NARROW && !WHOLE<Worked>;  // a block of keys becomes T before it is worked on
 
     int rows(const Item& item) const { return (item.last - item.first) * shape.group(); }
     int64_t state_floats(int rows) const { return int64_t(rows) * (shape.dim_pad() + 2 + VL) / VL * VL + VL; }
@@ -74,8 +80,8 @@ struct Attention {
         return cache + (number * shape.kv_heads + item.kv_head) * shape.head_elements<T>();
     }
 
-    const uint32_t* page_of(const Item& item, int page) const {
-        return reinterpret_cast<const uint32_t*>(kept_page(item, page));
+    const Lane<Worked>* page_of(const Item& item, int page) const {
+        return reinterpret_cast<const Lane<Worked>*>(kept_page(item, page));
     }
 
     int64_t room_floats() const { return WIDENS ? BLOCK / shape.page_size * shape.head_lanes<T>() : 0; }
@@ -92,7 +98,8 @@ struct Attention {
     }
 
     // Attention of the unit's rows to its blocks of keys, into an empty state; then `next` is what the thread will do.
-    void run(const Unit& unit, const Unit* next, State state, Operand<T>* queries, float* room, Tile<T>& tile) const {
+    void run(const Unit& unit, const Unit* next, State state, Operand<Worked>* queries, float* units, float* room,
+             Tile<Worked>& tile) const {
         const Item& item = *unit.item;
         const Span blocks = unit.blocks;
         const int group = shape.group(), total = rows(item), dim = shape.dim;
@@ -101,12 +108,13 @@ struct Attention {
         std::fill_n(state.acc, int64_t(total) * shape.dim_pad(), 0.0f);
         const int64_t row = int64_t(shape.heads) * dim;
         for (int i = 0; i < total; ++i)
-            pack(q + (batch.query_starts[item.sequence] + item.first + i / group) * row +
-                     (item.kv_head * group + i % group) * dim,
-                 dim, queries + i * dim / PAIR<T> * PER_LANE<T>);
+            units[i] = shape.scale * LOG2_E *
+                       pack<Worked>(q + (batch.query_starts[item.sequence] + item.first + i / group) * row +
+                                        (item.kv_head * group + i % group) * dim,
+                                    dim, queries + i * dim / PAIR<T> * PER_LANE<Worked>);
 
-        const int page_size = shape.page_size, tile_rows = Tile<T>::rows(shape);
-        Keys keys{{}, page_size, shape.k_lanes<T>(), shape.v_lanes<T>(), false, {}, 0};
+        const int page_size = shape.page_size, tile_rows = Tile<Worked>::rows(shape);
+        Keys<Worked> keys{{}, page_size, shape.k_lanes<T>(), shape.v_lanes<T>(), false, {}, 0};
         for (int block = blocks.begin; block < blocks.end; ++block) {
             const Span seen = {std::max(block * BLOCK, visible(item.sequence, item.first).begin),
                                std::min((block + 1) * BLOCK, visible(item.sequence, item.last - 1).end)};
@@ -143,7 +151,8 @@ struct Attention {
                     Span span = visible(item.sequence, item.first + (first + r) / group);
                     spans[r] = {span.begin - start, std::min(span.end, end) - start};
                 }
-                tile.run(shape, keys, end - start, spans, queries + first * dim / PAIR<T> * PER_LANE<T>, count,
+                tile.run(shape, keys, end - start, spans, queries + first * dim / PAIR<T> * PER_LANE<Worked>,
+                         units + first, count,
                          {state.top + first, state.total + first, state.acc + int64_t(first) * shape.dim_pad()});
             }
         }
@@ -222,25 +231,27 @@ void Attention<T, Kept>::run_all(int threads) const {
     }
     static thread_local Memory shared;
     float* partials = split ? shared.at_least(partial) : nullptr;
-    const int64_t query_floats = (most_rows * shape.dim + 15) / 16 * 16;
+    const int64_t query_floats = (most_rows * shape.dim + 15) / 16 * 16, unit_floats = (most_rows + 15) / 16 * 16;
 
     std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(threads) if (units.size() > 1)
     {
         static thread_local Memory own;
-        static thread_local Tile<T> tile;
-        float* memory = own.at_least(query_floats + state_floats(most_rows) + room_floats());
-        float* room = memory + query_floats + state_floats(most_rows);
-        auto* queries = reinterpret_cast<Operand<T>*>(memory);
+        static thread_local Tile<Worked> tile;
+        float* memory = own.at_least(query_floats + unit_floats + state_floats(most_rows) + room_floats());
+        float* units_of = memory + query_floats;
+        float* mine = units_of + unit_floats;
+        float* room = mine + state_floats(most_rows);
+        auto* queries = reinterpret_cast<Operand<Worked>*>(memory);
         // A thread takes its next unit one ahead, so that it knows what to prefetch.
         for (size_t u = taken++, next; u < units.size(); u = next) {
             next = taken++;
             const Unit& unit = units[u];
-            State state = state_at(split ? partials + unit.state : memory + query_floats, rows(*unit.item));
-            run(unit, next < units.size() ? &units[next] : nullptr, state, queries, room, tile);
+            State state = state_at(split ? partials + unit.state : mine, rows(*unit.item));
+            run(unit, next < units.size() ? &units[next] : nullptr, state, queries, units_of, room, tile);
             if (!split) finish(*unit.item, state);
         }
-        if (amx::usable<T>(shape)) amx::release();
+        if (amx::usable<Worked>(shape)) amx::release();
         if (split) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)

@@ -7,12 +7,26 @@
 //   V [page_size / PAIR][dim_pad][PAIR]  pairs of keys; dim_pad is dim rounded up to whole vectors
 // Kept in 8 bits, whole numbers of -127 to 127, the elements lie in the same order.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 constexpr int MAX_DIM = 512;
 
 template <class T>
 constexpr int PAIR = 4 / int(sizeof(T));
+
+// Keys and values of 8 bits that are multiplied as they are kept, with queries and weights of 16: in lanes of 16 bits,
+// else as bf16. Where there are tiles in hardware, those are faster.
+struct Whole {
+    int16_t bits;
+};
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
+#define WHOLE_NUMBERS 1
+#endif
+
+template <class T>
+using Lane = std::conditional_t<std::is_same_v<T, Whole>, uint16_t, uint32_t>;
 
 struct Shape {
     int32_t heads, kv_heads, dim, page_size, window;  // window 0: none

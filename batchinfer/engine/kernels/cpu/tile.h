@@ -20,9 +20,19 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 template <class T>
 constexpr bool NATIVE = std::is_same_v<T, bf16> && NATIVE_BF16;
 template <class T>
-using Operand = std::conditional_t<NATIVE<T>, uint32_t, float>;  // what queries and weights are kept as
+constexpr bool WHOLE = std::is_same_v<T, Whole>;
 template <class T>
-constexpr int PER_LANE = NATIVE<T> ? 1 : PAIR<T>;  // operands a lane
+constexpr bool PAIRED = NATIVE<T> || WHOLE<T>;  // an operand is a pair, like a lane
+template <class T>
+using Operand = std::conditional_t<PAIRED<T>, uint32_t, float>;  // what queries and weights are kept as
+template <class T>
+constexpr int PER_LANE = PAIRED<T> ? 1 : PAIR<T>;  // operands a lane
+template <class T>
+using Element = std::conditional_t<WHOLE<T>, bf16, T>;  // of the queries
+template <class T>
+using Sum = std::conditional_t<WHOLE<T>, vi, vf>;
+template <class T>
+using Raw = typename VectorOf<Lane<T>, VL>::type;
 
 template <class T>
 struct Lanes {
@@ -35,6 +45,7 @@ struct Lanes {
             part[1] = bits<vf>(raw & 0xffff0000u);
         }
     }
+    INLINE static vu first(vu raw) { return raw & 0xffffu; }
     INLINE vf dot(const Operand<T>* with, vf sum) const {
 #if defined(__AVX512BF16__)
         if constexpr (NATIVE<T>)
@@ -48,27 +59,89 @@ struct Lanes {
     }
 };
 
+// Queries as operands; returns what 1 in them is worth.
 template <class T>
-void pack(const T* row, int dim, Operand<T>* to) {
+float pack(const Element<T>* row, int dim, Operand<T>* to) {
     if constexpr (NATIVE<T>)
         std::memcpy(to, row, dim * sizeof(T));
     else
         for (int i = 0; i < dim; ++i) to[i] = to_float(row[i]);
+    return 1.0f;
 }
+
+// Weights of 0 to 1 as operands, those of keys `i` to `i + VL`.
+template <class T>
+INLINE void store_weights(Operand<T>* to, int i, vf weights) {
+    if constexpr (NATIVE<T>)
+        store_float(reinterpret_cast<bf16*>(to) + i, weights);
+    else
+        store_float(to + i, weights);
+}
+
+template <class T>
+INLINE vf weighted(Sum<T> values) {  // what a sum of weights times values is worth
+    return values;
+}
+
+#if defined(WHOLE_NUMBERS)
+// Sums of 512 products of 16 and 8 bits fit 32: of keys over MAX_DIM, of values over BLOCK.
+constexpr float MOST_16 = 32767.0f;
+
+template <>
+struct Lanes<Whole> {
+    __m512i numbers;
+    INLINE explicit Lanes(Raw<Whole> raw) : numbers(_mm512_cvtepi8_epi16((__m256i)raw)) {}
+    INLINE static Raw<Whole> first(Raw<Whole> raw) { return raw & 0xff; }
+    INLINE vi dot(const uint32_t* with, vi sum) const {
+        return (vi)_mm512_dpwssd_epi32((__m512i)sum, numbers, _mm512_set1_epi32(int(*with)));
+    }
+};
+
+INLINE void store_16(uint32_t* to, int i, vf x) {
+    store(reinterpret_cast<int16_t*>(to) + i, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)x)));
+}
+
+// Over the row's largest; where something is not finite, 1 is worth NaN.
+template <>
+float pack<Whole>(const bf16* row, int dim, uint32_t* to) {
+    alignas(64) float x[MAX_DIM + VL] = {};
+    float most = 0, finite = 0;
+    for (int i = 0; i < dim; ++i) {
+        x[i] = to_float(row[i]);
+        most = std::max(most, __builtin_fabsf(x[i]));
+        finite += x[i] * 0.0f;
+    }
+    const float inverse = most > 0 ? MOST_16 / most : 0.0f;
+    for (int i = 0; i < dim; i += VL) store_16(to, i, load<vf>(x + i) * inverse);
+    return most / MOST_16 + finite;
+}
+
+template <>
+INLINE void store_weights<Whole>(uint32_t* to, int i, vf weights) {
+    store_16(to, i, weights * MOST_16);
+}
+
+template <>
+INLINE vf weighted<Whole>(vi values) {
+    return __builtin_convertvector(values, vf) * (1 / MOST_16);
+}
+#endif
 
 // ---- one block of keys against a tile of rows
 
+template <class T>
 struct Keys {  // the pages of a block that a tile can see
-    const uint32_t* page[BLOCK / 16];  // K of each page; V lies v_offset lanes behind
+    const Lane<T>* page[BLOCK / 16];  // K of each page; V lies v_offset lanes behind
     int page_size;
     int64_t v_offset, v_lanes;
     bool fetch;  // nobody read this block before: ask for V while K is worked on, and for `ahead` while V is
-    const uint32_t* ahead[BLOCK / 16];  // K of the block that comes next
+    const Lane<T>* ahead[BLOCK / 16];  // K of the block that comes next
     int ahead_count;
 };
 
-INLINE void prefetch(const uint32_t* from, int64_t lanes) {
-    for (int64_t i = 0; i < lanes; i += 16) __builtin_prefetch(from + i, 0, 2);
+template <class L>
+INLINE void prefetch(const L* from, int64_t lanes) {
+    for (int64_t i = 0; i < lanes; i += 64 / sizeof(L)) __builtin_prefetch(from + i, 0, 2);
 }
 
 struct Span {
@@ -82,15 +155,15 @@ struct State {  // running softmax of some rows
 };
 
 template <class T, int R, int N>
-INLINE void score_strips(const Keys& keys, int first, const Operand<T>* q, int dim, float* scores) {
+INLINE void score_strips(const Keys<T>& keys, int first, const Operand<T>* q, int dim, float* scores) {
     const int last = keys.page_size / VL - 1, per_page = last + 1, steps = dim / PAIR<T>;
-    const uint32_t* k[N];
+    const Lane<T>* k[N];
     for (int n = 0; n < N; ++n) k[n] = keys.page[(first + n) / per_page] + (first + n) % per_page * VL;
-    vf acc[R][N] = {};
+    Sum<T> acc[R][N] = {};
     for (int i = 0; i < steps; ++i) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-            Lanes<T> lanes(load<vu>(k[n] + i * keys.page_size));
+            Lanes<T> lanes(load<Raw<T>>(k[n] + i * keys.page_size));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) acc[r][n] = lanes.dot(q + (r * steps + i) * PER_LANE<T>, acc[r][n]);
         }
@@ -98,7 +171,7 @@ INLINE void score_strips(const Keys& keys, int first, const Operand<T>* q, int d
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(scores + r * BLOCK + (first + n) * VL, acc[r][n]);
+        for (int n = 0; n < N; ++n) store(scores + r * BLOCK + (first + n) * VL, __builtin_convertvector(acc[r][n], vf));
 }
 
 // Softmax of `scores[0:count]` within `visible`; the weights outside are 0. `total` 0 and `top` -inf if nothing is
@@ -122,10 +195,7 @@ INLINE void weights_of(float* scores, int count, Span visible, float scale, Oper
     for (int i = 0; i < count; i += VL) {
         vf e = exp2<sizeof(T) == 2 ? 3 : 6>(load<vf>(scores + i) * scale - reference);
         sums += e;
-        if constexpr (NATIVE<T>)
-            store_float(reinterpret_cast<bf16*>(weights) + i, e);
-        else
-            store_float(weights + i, e);
+        store_weights<T>(weights, i, e);
     }
     *total = sum(sums);
 }
@@ -133,19 +203,19 @@ INLINE void weights_of(float* scores, int count, Span visible, float scale, Oper
 INLINE vf merged(vf old, float keep, vf fresh, float add) { return fused(old, all(keep), fresh * add); }
 
 template <class T, int R, int N>
-INLINE void add_values(const Keys& keys, int count, const Operand<T>* weights, int column, int dim_pad,
+INLINE void add_values(const Keys<T>& keys, int count, const Operand<T>* weights, int column, int dim_pad,
                        const float* keep, const float* add, float* state) {
     constexpr int ROW = BLOCK / PAIR<T> * PER_LANE<T>;
-    vf acc[R][N] = {};
+    Sum<T> acc[R][N] = {};
     const Operand<T>* w = weights;
     for (int page = 0; page * keys.page_size < count; ++page) {
-        const uint32_t* v = keys.page[page] + keys.v_offset + column;
+        const Lane<T>* v = keys.page[page] + keys.v_offset + column;
         if (column == 0 && page < keys.ahead_count) prefetch(keys.ahead[page], keys.v_offset);
         const int here = std::min(keys.page_size, count - page * keys.page_size);
         for (int i = 0; i < here / PAIR<T>; ++i, v += dim_pad, w += PER_LANE<T>) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Lanes<T> lanes(load<vu>(v + n * VL));
+                Lanes<T> lanes(load<Raw<T>>(v + n * VL));
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) acc[r][n] = lanes.dot(w + r * ROW, acc[r][n]);
             }
@@ -153,7 +223,7 @@ INLINE void add_values(const Keys& keys, int count, const Operand<T>* weights, i
         if (here % PAIR<T>)  // the pair's second key was never written: whatever is there must not meet a weight of 0
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                Lanes<T> lanes(load<vu>(v + n * VL) & 0xffffu);
+                Lanes<T> lanes(Lanes<T>::first(load<Raw<T>>(v + n * VL)));
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) acc[r][n] = lanes.dot(w + r * ROW, acc[r][n]);
             }
@@ -163,7 +233,7 @@ INLINE void add_values(const Keys& keys, int count, const Operand<T>* weights, i
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             float* at = state + r * dim_pad + column + n * VL;
-            store(at, merged(load<vf>(at), keep[r], acc[r][n], add[r]));
+            store(at, merged(load<vf>(at), keep[r], weighted<T>(acc[r][n]), add[r]));
         }
 }
 
@@ -187,18 +257,19 @@ struct Tile {  // scratch of one tile of rows
 
     static int rows(const Shape& shape) { return amx::usable<T>(shape) ? amx::ROWS : VECTOR_ROWS; }
 
-    // `keys` holds `count` keys from a page's start on; `visible[r]` is what row r of `rows` sees of them.
-    void run(const Shape& shape, const Keys& keys, int count, const Span* visible, const Operand<T>* q, int rows,
-             State state) {
+    // `keys` holds `count` keys from a page's start on; `visible[r]` is what row r of `rows` sees of them, and `unit[r]`
+    // what 1 in its products with keys is worth, in powers of 2.
+    void run(const Shape& shape, const Keys<T>& keys, int count, const Span* visible, const Operand<T>* q,
+             const float* unit, int rows, State state) {
 #if defined(HAVE_AMX)
-        if constexpr (sizeof(T) == 2)
-            if (amx::usable<T>(shape)) return with_matrices(shape, keys, count, visible, q, rows, state);
+        if constexpr (std::is_same_v<T, bf16>)
+            if (amx::usable<T>(shape)) return with_matrices(shape, keys, count, visible, q, unit, rows, state);
 #endif
-        (this->*pick(rows, std::make_integer_sequence<int, VECTOR_ROWS>{}))(shape, keys, count, visible, q, state);
+        (this->*pick(rows, std::make_integer_sequence<int, VECTOR_ROWS>{}))(shape, keys, count, visible, q, unit, state);
     }
 
   private:
-    using Run = void (Tile::*)(const Shape&, const Keys&, int, const Span*, const Operand<T>*, State);
+    using Run = void (Tile::*)(const Shape&, const Keys<T>&, int, const Span*, const Operand<T>*, const float*, State);
 
     template <int... R>
     static Run pick(int rows, std::integer_sequence<int, R...>) {
@@ -206,17 +277,17 @@ struct Tile {  // scratch of one tile of rows
         return runs[rows - 1];
     }
 
-    void softmax(const Shape& shape, int count, const Span* visible, int rows, State state, float* keep, float* add) {
+    void softmax(int count, const Span* visible, const float* unit, int rows, State state, float* keep, float* add) {
         for (int r = 0; r < rows; ++r) {
             float top, total;
-            weights_of<T>(scores + r * BLOCK, count, visible[r], shape.scale * LOG2_E, weights + r * ROW, &top, &total);
+            weights_of<T>(scores + r * BLOCK, count, visible[r], unit[r], weights + r * ROW, &top, &total);
             rebase(state.top + r, state.total + r, top, total, keep + r, add + r);
         }
     }
 
     template <int R>
-    void with_vectors(const Shape& shape, const Keys& keys, int count, const Span* visible, const Operand<T>* q,
-                      State state) {
+    void with_vectors(const Shape& shape, const Keys<T>& keys, int count, const Span* visible, const Operand<T>* q,
+                      const float* unit, State state) {
         constexpr int WIDE = REGISTERS == 32 ? (R <= 4 ? 4 : 2) : (R <= 2 && PAIR<T> == 1 ? 4 : 2);
         const int strips = (count + VL - 1) / VL;
         int strip = 0;
@@ -231,7 +302,7 @@ struct Tile {  // scratch of one tile of rows
         if (strip < strips) score_strips<T, R, 1>(keys, strip, q, shape.dim, scores);
 
         float keep[R], add[R];
-        softmax(shape, strips * VL, visible, R, state, keep, add);
+        softmax(strips * VL, visible, unit, R, state, keep, add);
 
         const int dim_pad = shape.dim_pad();
         int column = 0;
@@ -244,8 +315,8 @@ struct Tile {  // scratch of one tile of rows
     }
 
 #if defined(HAVE_AMX)
-    void with_matrices(const Shape& shape, const Keys& keys, int count, const Span* visible, const Operand<T>* q,
-                       int rows, State state) {
+    void with_matrices(const Shape& shape, const Keys<T>& keys, int count, const Span* visible, const Operand<T>* q,
+                       const float* unit, int rows, State state) {
         const int steps = (count + amx::KEYS - 1) / amx::KEYS, per_page = keys.page_size / amx::KEYS;
         const int dim_pad = shape.dim_pad();
         amx::configure(rows);
@@ -256,7 +327,7 @@ struct Tile {  // scratch of one tile of rows
             amx::score(q, k, shape.dim, keys.page_size, scores + step * amx::KEYS, BLOCK);
         }
         float keep[amx::ROWS], add[amx::ROWS];
-        softmax(shape, steps * amx::KEYS, visible, rows, state, keep, add);
+        softmax(steps * amx::KEYS, visible, unit, rows, state, keep, add);
 
         alignas(64) uint32_t tail[amx::KEYS / 2 * MAX_DIM];
         const int whole = count / amx::KEYS;
