@@ -62,6 +62,8 @@ class _Run:
     tokens_per_second: float
     bubble: float
     engine_seconds: float  # a step
+    hop_seconds: float
+    pages: dict[str, int]
     spans: list[Span]
 
 
@@ -96,7 +98,8 @@ def pipeline_sim(
         partition = deal(fitted.layers, stages, costs.a_token(64))
         for count in (stages, 2 * stages) if stages > 1 else (1,):
             profile = replace(fitted.profile, batch_size=max(64 * stages, 64))
-            told = _simulate(workload(4 * profile.batch_size), fitted, costs, partition, count, profile)
+            more = replace(fitted, pages={})
+            told = _simulate(workload(4 * profile.batch_size), more, costs, partition, count, profile)
             figures = {"stages": stages, "micro_batches": count, "partition": list(partition)}
             foretold.append(figures | _figures(told))
     return {"bench": "pipeline-sim", "model": model, "requests": requests, "checks": checks, "foretold": foretold}
@@ -117,6 +120,7 @@ def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -
         assert not any(completion.error for completion in completions)
         counters, told = engine.counters.minus(before), engine.stage.details()
         engine.close()
+    spans = [span for span in engine.trace.spans if "samples" in span.about]
     return _Run(
         engine.stage.layout.partition,
         engine.plan.profiles[-1],
@@ -124,8 +128,23 @@ def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -
         (counters.prompt_tokens + counters.completion_tokens) / told["seconds"],
         told["bubble"],
         (counters.schedule_seconds + counters.collect_seconds) / counters.steps,
-        [span for span in engine.trace.spans if "samples" in span.about],
+        _hop_seconds(spans),
+        {"page_size": engine.stage.page_size, "num_pages": engine.stage.num_pages},
+        spans,
     )
+
+
+def _hop_seconds(spans: Sequence[Span]) -> float:
+    """From when a rank could begin a step, its last one done and the stage before as well, to when it did."""
+    ended = {(span.rank, span.name): span.ended for span in spans}
+    free: dict[int, float] = {}
+    hops = []
+    for span in sorted(spans, key=lambda span: span.begun):
+        before = ended.get((span.rank - 1, span.name))
+        if before is not None and span.rank in free:
+            hops.append(span.begun - max(before, free[span.rank]))
+        free[span.rank] = span.ended
+    return float(np.median(hops))
 
 
 def _simulate(
@@ -138,6 +157,8 @@ def _simulate(
         micro_batches,
         ahead=AHEAD,
         engine_seconds=run.engine_seconds,
+        hop_seconds=run.hop_seconds,
+        **run.pages,
     )
 
 

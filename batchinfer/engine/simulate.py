@@ -36,6 +36,7 @@ def simulate(
     *,
     ahead: int = 0,
     page_size: int = 16,
+    num_pages: int = 0,
     engine_seconds: float = 0.0,
     hop_seconds: float = 0.0,
 ) -> Simulated:
@@ -44,11 +45,12 @@ def simulate(
     Args:
         micro_batches: steps under way at once.
         ahead: as many more, which begin with tokens that the last stage tells the first, not the engine.
+        num_pages: for keys and values, 0 for as many as the profile could need.
         engine_seconds: what the engine takes to compose a step and to take in its tokens.
         hop_seconds: from the end of a stage to the beginning of the next, and from the last to the engine or the first.
     """
-    pages = PagePool(profile.batch_size * -(-profile.seq_len // page_size))
-    scheduler = Scheduler([profile], pages, page_size, (), False, micro_batches, ahead)
+    pages = PagePool(num_pages or profile.batch_size * -(-profile.seq_len // page_size))
+    scheduler = Scheduler([profile], pages, page_size, (), True, micro_batches, ahead)
     source = iter(requests)
     under_way: deque[tuple[StepBatch, float]] = deque()
     now, tokens, steps, pulled = 0.0, 0, 0, True

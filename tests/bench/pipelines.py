@@ -31,12 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--kv-cache-gib", type=float, default=2, help="of each rank, so that a batch finds its pages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=[])
     parser.add_argument("--batchings", nargs="+", choices=BATCHINGS, default=BATCHINGS)
     asked = parser.parse_args()
-    options = dict(batch_size=asked.batch_size, progress=False)
+    options = dict(batch_size=asked.batch_size, kv_cache_gib=asked.kv_cache_gib, progress=False)
     layouts = {
         f"2 stages, {count} micro-batch{'es' * (count > 1)}": dict(pp=2, micro_batches=count)
         for count in asked.micro_batches
