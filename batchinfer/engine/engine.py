@@ -27,6 +27,8 @@ from batchinfer.errors import EngineError, ModelError, StalePlanError
 from batchinfer.host import available_cores
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
+_INTAKE = 32  # steps' worth of prompts, taken in while one is computed
+
 log = logging.getLogger(__name__)
 
 
@@ -148,7 +150,8 @@ class Engine:
         self._generating = True
         try:
             while True:
-                while not exhausted and self._has_room():
+                taken = 0
+                while not exhausted and self._has_room() and taken < self._most_taken():
                     try:
                         index, prompt = next(source)
                     except StopIteration:
@@ -162,6 +165,7 @@ class Engine:
                         yield Completion(request.key, prompt_tokens=len(token_ids), error=error)
                     else:
                         self._add(request, token_ids.astype(np.int32))
+                        taken += len(token_ids)
                 yield from self._step()
                 idle = not (self.scheduler.waiting or self.scheduler.num_running or self._under_way)
                 if exhausted and idle:
@@ -202,6 +206,15 @@ class Engine:
         """No more is pulled than may run at once: the rest stays with the caller."""
         scheduler = self.scheduler
         return scheduler.num_running + len(scheduler.waiting) < self.plan.limits.batch_size
+
+    def _most_taken(self) -> float:
+        """Prompt tokens to take in before the next step: where others compute meanwhile, they are not to wait long.
+
+        So they begin with the first step's worth, and have a step under way by the time that the rest is known.
+        """
+        if self.stage.depth == 1:
+            return float("inf")
+        return self.plan.limits.step_tokens * (_INTAKE if self._under_way else 1)
 
     def _request(self, index: int, prompt: str | list[int], sampling: SamplingParams) -> Request:
         return Request(index, self.text.encode(prompt) if isinstance(prompt, str) else prompt, sampling)

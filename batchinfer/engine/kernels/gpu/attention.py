@@ -28,13 +28,15 @@ class Tile:
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread at most, so that more programs fit a processor
 
 
 class GpuPagedAttention(PagedAttention):
     """Works for any head size up to 256, in float32 and bfloat16, with keys and values as they are or in FP8 e4m3.
 
-    FP8 keys and values are scaled by ``scales [2, kv_heads]`` (float32), 1 unless they were calibrated. Decodes
-    multiply them as they are, prefill in float16, which holds them exactly.
+    FP8 keys and values are scaled by ``scales [2, kv_heads]`` (float32), 1 unless they were calibrated, and multiplied
+    as they are: with decodes' queries and weights as two e4m3 numbers each, which is as exact as bfloat16, with those of
+    prompts as one. Shared pages are multiplied in float16.
     """
 
     page_size = 64  # a tile of keys lies within a page, so that a page number serves a whole tile
@@ -61,23 +63,26 @@ class GpuPagedAttention(PagedAttention):
         self.group = num_heads // num_kv_heads
         self.block_d = max(least, triton.next_power_of_2(head_dim))
         self.scales = torch.ones(2, num_kv_heads, dtype=torch.float32, device=device)
-        self.decode_tile, self.prefill_tile = self._tiles()
-        self.prefix_tile = self.prefill_tile
+        self.decode_tile, self.prefill_tile, self.prefix_tile = self._tiles()
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         )
         self._partial: dict[int, tuple[Tensor, Tensor]] = {}
         self._shared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _tiles(self) -> tuple[Tile, Tile]:
+    def _tiles(self) -> tuple[Tile, Tile, Tile]:
         group = max(16, triton.next_power_of_2(self.group))
         if self.dtype == torch.float32 or self.block_d > 128:
             keys = min(32, self.page_size)
-            return Tile(group, keys, 4, 2), Tile(max(32, group), keys, 4, 2)
+            return Tile(group, keys, 4, 2), Tile(max(32, group), keys, 4, 2), Tile(max(32, group), keys, 4, 2)
         keys, wide = min(64, self.page_size), self.block_d > 64
         if self.fp8:
-            return Tile(max(8, triton.next_power_of_2(self.group)), keys, 4, 5), Tile(max(128, group), keys, 4, 3)
-        return Tile(group, keys, 2 if wide else 1, 3), Tile(max(128, group), min(32, keys), 4, 3)
+            decode = Tile(max(8, triton.next_power_of_2(self.group)), keys, 4, 5)
+            prefix, narrower = Tile(max(128, group), keys, 4, 3), Tile(64, keys, 4, 3, 168)
+        else:
+            decode = Tile(group, keys, 2 if wide else 1, 3)
+            prefix, narrower = Tile(max(128, group), min(32, keys), 4, 3), Tile(64, min(32, keys), 4, 3, 128)
+        return decode, narrower if wide and group <= 64 else prefix, prefix
 
     @cached_property
     def _shape(self) -> dict[str, object]:
@@ -212,9 +217,10 @@ class GpuPagedAttention(PagedAttention):
     def _attend_prefills(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> None:
         tile = self.prefill_tile
         tiles = len(q) // (tile.block_m // self.group) + batch.prefills
+        as_they_are = {"COMPUTE": tl.float8e4nv} if self.fp8 else {}
         flash.prefill[(tiles, self.num_kv_heads)](
             q, cache[0], cache[1], batch.page_table, batch.query_starts, batch.context_lens, batch.counts, out,
             self.scales, self.scale * _LOG2E, batch.page_table.stride(0),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-            WINDOW=self.window or 0, **self._shape, **self._arithmetic,
+            maxnreg=tile.registers, WINDOW=self.window or 0, **self._shape, **self._arithmetic | as_they_are,
         )  # fmt: skip

@@ -13,6 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+EXPONENT = tl.constexpr(8)  # FP8 weights are up to 2**8, so that the smaller ones do not vanish in e4m3
+LARGEST = tl.constexpr(2.0**8)
+LEAST = tl.constexpr(1e-20)  # of what queries are scaled by, for rows of zeros
+
 
 @triton.jit
 def _visit(
@@ -23,7 +27,8 @@ def _visit(
 ):  # fmt: skip
     """One tile of keys and values into the running softmax of ``q [rows, dim]`` (arXiv:2205.14135).
 
-    Where not MASKED every key is visible to every row.
+    Scores are products times ``scale [rows]``. Where not MASKED every key is visible to every row. Where ``q`` is FP8
+    so are the keys, the values and the weights, which are up to 2**EXPONENT then, and so is what they add up to.
     """
     tl.static_assert(PAGE % BLOCK_N == 0, "a tile lies within a page")
     dim = tl.arange(0, BLOCK_D)
@@ -37,18 +42,21 @@ def _visit(
         k = tl.load(k_at)
     else:
         k = tl.load(k_at, mask=dim[:, None] < DIM, other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
     if MASKED:
         visible = key[None, :] <= position[:, None]
         if WINDOW:
             visible &= key[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen no key yet
-    weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(top - shift)
+    if q.dtype == tl.float8e4nv:
+        shift -= EXPONENT
+    weights = tl.exp2(scores * scale[:, None] - shift[:, None])
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
+    written = tile * BLOCK_N + key < context  # other slots may hold NaN, and NaN * 0 is NaN
     if TRANSPOSED:
         at = key[None, :] // CHUNK * (DIM * CHUNK) + dim[:, None] * CHUNK + key[None, :] % CHUNK
         at = tl.max_contiguous(tl.multiple_of(at, (1, CHUNK)), (1, CHUNK))  # the compiler does not see it by itself
@@ -56,16 +64,18 @@ def _visit(
             v = tl.load(v_cache + start + at)
         else:
             v = tl.load(v_cache + start + at, mask=dim[:, None] < DIM, other=0.0)
+        if MASKED:
+            v = tl.where(written[None, :], v.to(tl.float32), 0.0)
         v = tl.trans(v.to(q.dtype))
     else:
         v_at = v_cache + start + key[:, None] * DIM + dim[None, :]
-        if DIM == BLOCK_D:
+        if MASKED:
+            v = tl.load(v_at, mask=written[:, None] & (dim[None, :] < DIM), other=0.0)
+        elif DIM == BLOCK_D:
             v = tl.load(v_at)
         else:
             v = tl.load(v_at, mask=dim[None, :] < DIM, other=0.0)
         v = v.to(q.dtype)
-    if MASKED:  # an unwritten slot may hold NaN, and NaN * 0 is NaN
-        v = tl.where((tile * BLOCK_N + key < context)[:, None], v, 0.0)
     acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
     return new_top, total, acc
 
@@ -95,7 +105,7 @@ def decode(
     at = row[:, None] * DIM + dim[None, :]
     query = tl.load(q + at, mask=mine, other=0.0).to(COMPUTE)
     table += sequence * table_stride
-    scale *= k_scale
+    scale = tl.full([BLOCK_M], scale * k_scale, tl.float32)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -182,7 +192,7 @@ def prefix(
     at = row[:, None] * DIM + dim[None, :]
     queries = tl.load(q + at, mask=mine, other=0.0).to(COMPUTE)
     table += first.to(tl.int64) * table_stride
-    scale *= tl.load(scales + head)
+    scale = tl.full([BLOCK_M], scale * tl.load(scales + head), tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -206,6 +216,7 @@ def prefill(
 ):  # fmt: skip
     """A tile of neighbouring queries of one sequence, all heads of one KV head: program (tile, KV head).
 
+    Where COMPUTE is FP8, a query is its e4m3 numbers and a scale.
     Each sequence has room for one tile more than its queries may need, so that its first tile is found without a list.
     """
     QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -232,11 +243,17 @@ def prefill(
     token = query + row // GROUP
     position = context - (stop - start) + token
     mine = ((token < stop - start) & (row < QUERIES * GROUP))[:, None] & (dim[None, :] < DIM)
-    at = (((start + token).to(tl.int64) * KV_HEADS + head) * GROUP + row % GROUP)[:, None] * DIM + dim[None, :]
-    queries = tl.load(q + at, mask=mine, other=0.0).to(COMPUTE)
+    base = ((start + query).to(tl.int64) * KV_HEADS + head) * (GROUP * DIM)
+    at = (row // GROUP * (KV_HEADS * GROUP) + row % GROUP)[:, None] * DIM + dim[None, :]  # 32 bits: half the registers
+    queries = tl.load(q + base + at, mask=mine, other=0.0)
     table += sequence.to(tl.int64) * table_stride
     k_scale, v_scale = tl.load(scales + head), tl.load(scales + KV_HEADS + head)
-    scale *= k_scale
+    scale = tl.full([BLOCK_M], scale * k_scale, tl.float32)
+    if COMPUTE == tl.float8e4nv:
+        largest = tl.maximum(tl.max(tl.abs(queries.to(tl.float32)), 1), LEAST) / 448.0
+        queries = queries.to(tl.float32) / largest[:, None]
+        scale *= largest
+    queries = queries.to(COMPUTE)
 
     earliest = context - (stop - start) + query  # position of the tile's first query
     latest = tl.minimum(earliest + QUERIES, context)  # keys that the tile's last query sees
@@ -254,10 +271,10 @@ def prefill(
                 queries, top, total, acc, table, k_cache, v_cache, head, keys, context, position, scale,
                 KV_HEADS, DIM, PAGE, WINDOW, TRANSPOSED, CHUNK, False, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
-    for keys in tl.range(whole, tl.cdiv(latest, BLOCK_N), num_stages=1):
+    for keys in tl.range(whole, tl.cdiv(latest, BLOCK_N), num_stages=2):
         top, total, acc = _visit(
             queries, top, total, acc, table, k_cache, v_cache, head, keys, context, position, scale,
             KV_HEADS, DIM, PAGE, WINDOW, TRANSPOSED, CHUNK, True, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mine)
+    tl.store(out + base + at, acc.to(out.dtype.element_ty), mask=mine)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EXPONENT = tl.constexpr(8)  # weights are up to 2**8, so that the smaller ones do not vanish in e4m3
+from batchinfer.engine.kernels.gpu.flash import EXPONENT, LARGEST
 
 
 @triton.jit
@@ -105,8 +105,8 @@ def decode_fp8(
         begin = tl.load(shared + sequence // SHARERS) * (PAGE // BLOCK_N)
         if begin > 0 and split == 0:  # the softmax goes on from where the shared pages left it
             top = tl.load(shared_top + row, mask=member < GROUP, other=0.0)
-            total = tl.load(shared_total + row, mask=member < GROUP, other=0.0) * 256.0
-            known = tl.load(shared_acc + at, mask=mine, other=0.0) * 256.0
+            total = tl.load(shared_total + row, mask=member < GROUP, other=0.0) * LARGEST
+            known = tl.load(shared_acc + at, mask=mine, other=0.0) * LARGEST
             acc = tl.reshape(tl.join(known, tl.zeros_like(known)), [BLOCK_D, 2 * MEMBERS])
     end = tl.cdiv(context, BLOCK_N)  # in tiles of keys
     share = tl.cdiv(end - begin, SPLITS)

@@ -89,12 +89,13 @@ def write_values(
     token, dim = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     head = tl.program_id(1)
     slot = tl.load(slots + token, mask=(token >= tl.load(counts)) & (token < tokens), other=-1)
-    mask = (slot >= 0)[None, :] & (dim[:, None] < DIM)
-    at = token[None, :] * ((HEADS + 2 * KV_HEADS) * DIM) + (HEADS + KV_HEADS + head) * DIM + dim[:, None]
+    mask = (slot >= 0)[:, None] & (dim[None, :] < DIM)
+    at = token[:, None] * ((HEADS + 2 * KV_HEADS) * DIM) + (HEADS + KV_HEADS + head) * DIM + dim[None, :]
     values = _saturate(tl.load(qkv + at, mask=mask, other=0.0) / tl.load(scales + KV_HEADS + head))
     page, within = (slot // PAGE).to(tl.int64), slot % PAGE
     start = (page * KV_HEADS + head) * (PAGE * DIM) + within // CHUNK * (DIM * CHUNK) + within % CHUNK
-    tl.store(v_cache + start[None, :] + dim[:, None] * CHUNK, values.to(v_cache.dtype.element_ty), mask=mask)
+    # Tokens are the first axis, the one that a warp's threads run along: what they store together is side by side.
+    tl.store(v_cache + start[:, None] + dim[None, :] * CHUNK, values.to(v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
