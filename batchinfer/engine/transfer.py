@@ -22,6 +22,7 @@ from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
+GPU_PIECE_BYTES = 64 << 20  # each layer of it is a kernel's launch, which takes as long as copying megabytes
 
 
 def split(step: StepBatch, chosen: np.ndarray) -> StepBatch | None:
@@ -83,7 +84,9 @@ def take_pages(stage: Stage, peers: Peers, pieces: Sequence[Piece], pages: np.nd
 def _parcels(stage: Stage, piece: Piece, pages: np.ndarray) -> Iterator[tuple[list[Tensor], Tensor]]:
     """A piece of ``pages``, some pages at a time: where its layers lie, and which pages."""
     views = stage.kv_views(piece.layers, piece.kv_heads)
-    most = max(1, PIECE_BYTES // page_bytes(views))
+    if views[0].dtype.itemsize == 1:  # not every operation knows FP8
+        views = [view.view(torch.uint8) for view in views]
+    most = max(1, (GPU_PIECE_BYTES if stage.device.type == "cuda" else PIECE_BYTES) // page_bytes(views))
     for first in range(0, len(pages), most):
         yield views, torch.from_numpy(pages[first : first + most].astype(np.int64)).to(stage.device)
 

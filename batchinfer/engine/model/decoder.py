@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchinfer.engine.kernels import AttentionBatch, Kernels, PagedAttention
 from batchinfer.engine.kernels.linear import Linear, load_linear
-from batchinfer.engine.kernels.linear.fp8 import E4M3
+from batchinfer.engine.kernels.linear.fp8 import E4M3, Unscaled
 from batchinfer.engine.model.shard import Shard
 
 Group = dict[str, Tensor]
@@ -137,7 +137,7 @@ class Decoder:
         for layer, cache in zip(self.layers, caches, strict=True):
             normed = self._room(tokens, hidden, layer.qkv)
             kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, *normed)
-            qkv = layer.qkv(*normed)
+            qkv = self._for_kernels(layer.qkv, normed)
             self.attention.rope_write(qkv, self.cos_sin, batch, cache, layer.q_norm, layer.k_norm, eps, q)
             self.attention.attend(q, batch, cache, attended)
             if self.shard.last and layer is self.layers[-1] and sampled is not None:
@@ -145,7 +145,7 @@ class Decoder:
                 attended, residual, tokens = attended[sampled], residual[sampled], len(sampled)
                 if not tokens:
                     return attended.new_empty(0, len(self.shard.vocabulary))
-            o = layer.o(*self._as_taken(attended, layer.o))
+            o = self._for_kernels(layer.o, self._as_taken(attended, layer.o), summed=True)
             normed = self._room(tokens, hidden, layer.gate_up)
             kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, eps, *normed)
             activated = self._room(tokens, self.spec.intermediate_size, layer.down)
@@ -153,7 +153,9 @@ class Decoder:
                 layer.gate_up.gated(*normed, *activated)
             else:
                 kernels.silu_mul(layer.gate_up(*normed), *activated)
-            delta = self.all_reduce(layer.down(*activated))
+            handed_on = layer is self.layers[-1] and not self.shard.last
+            down = layer.down(*activated) if handed_on else self._for_kernels(layer.down, activated, summed=True)
+            delta = self.all_reduce(down)
         if not self.shard.last:
             return residual.add_(delta)
         normed = self._room(tokens, hidden, self.head)
@@ -161,6 +163,12 @@ class Decoder:
         if logits is None:
             return self.head(*normed)
         return torch.mm(*normed, self.head.weight.t(), out=logits[:tokens])
+
+    def _for_kernels(self, linear: Linear, x: tuple[Tensor, ...], summed: bool = False) -> Tensor | Unscaled:
+        """A product that kernels read which may also scale it in passing; ``summed`` over ranks it has its scales."""
+        if len(x) == 1 or summed and self.shard.tp > 1:
+            return linear(*x)
+        return linear.unscaled(*x)
 
     def _room(self, tokens: int, width: int, linear: Linear) -> tuple[Tensor, ...]:
         """Memory for what ``linear`` takes: values, and a scale a token where the kernels quantise them in passing."""

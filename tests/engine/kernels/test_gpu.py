@@ -8,7 +8,7 @@ import torch
 
 from batchinfer.engine.kernels import activation, norm
 from batchinfer.engine.kernels.attention import TorchPagedAttention
-from batchinfer.engine.kernels.linear.fp8 import E4M3
+from batchinfer.engine.kernels.linear.fp8 import E4M3, Unscaled
 from tests.engine.kernels.batches import Sequences, rope_table
 from tests.engine.kernels.conftest import gpu_kernels
 
@@ -42,6 +42,31 @@ def test_norm_activation_and_attention_are_quantised_in_passing(kernels, dtype, 
     expected = activation.silu_mul(gate_up, plain).clone()
     quantised((tokens, width), expected, lambda *out: kernels.silu_mul(gate_up, *out))
     quantised((tokens, width), delta, lambda *out: kernels.quantize(delta, *out))
+
+
+def test_kernels_that_read_a_product_scale_it_in_passing(kernels):
+    tokens, heads, kv_heads, dim, page = 37, 4, 2, 64, 32
+    width = (heads + 2 * kv_heads) * dim
+    product = Unscaled(torch.randn(tokens, width).bfloat16(), torch.rand(tokens, 1) + 0.5, torch.rand(1, width) + 0.5)
+    scaled = product.values.float() * product.rows * product.columns
+    residual, weight, made = torch.randn(tokens, width), torch.rand(width), torch.empty(tokens, width)
+    expected = norm.add_rms_norm(residual.clone(), scaled, weight, 1e-5, torch.empty_like(made))
+    torch.testing.assert_close(
+        kernels.add_rms_norm(residual, product, weight, 1e-5, made), expected, rtol=1e-4, atol=1e-4
+    )
+    batch = Sequences.random(np.random.default_rng(0), [40, 20, 35], [1, 1, 15], page).last()
+    table, few = rope_table(dim, 64), slice(len(batch.slots))
+    for kept_as in (None, E4M3):
+        fast = kernels.attention(heads, kv_heads, dim, page, None, torch.bfloat16, torch.get_default_device(), kept_as)
+        found = []
+        for qkv in (Unscaled(product.values[few], product.rows[few], product.columns), scaled[few].bfloat16()):
+            (cache,) = fast.allocate(1, 8)
+            cache.view(torch.uint8).fill_(0)
+            q = torch.empty(len(batch.slots), heads * dim, dtype=torch.bfloat16)
+            fast.rope_write(qkv, table, batch, cache, None, None, 1e-6, q)
+            found.append((q.float(), cache.float()))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=2 * STEP, atol=2e-2)
 
 
 def test_a_row_of_zeros_is_quantised_to_zeros(kernels):

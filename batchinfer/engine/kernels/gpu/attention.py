@@ -13,8 +13,10 @@ from torch import Tensor
 
 from batchinfer.engine.kernels.attention import SHARERS, AttentionBatch, PagedAttention
 from batchinfer.engine.kernels.gpu import flash
+from batchinfer.engine.kernels.gpu.elementwise import in_parts
 from batchinfer.engine.kernels.gpu.flash_fp8 import decode_fp8
 from batchinfer.engine.kernels.gpu.rope import rope_write, write_values
+from batchinfer.engine.kernels.linear.fp8 import Unscaled
 
 CHUNK = 32  # tokens of transposed FP8 values: what memory gives at a time is 32 bytes
 _LOG2E = 1.4426950408889634
@@ -35,8 +37,8 @@ class GpuPagedAttention(PagedAttention):
     """Works for any head size up to 256, in float32 and bfloat16, with keys and values as they are or in FP8 e4m3.
 
     FP8 keys and values are scaled by ``scales [2, kv_heads]`` (float32), 1 unless they were calibrated, and multiplied
-    as they are: with decodes' queries and weights as two e4m3 numbers each, which is as exact as bfloat16, with those of
-    prompts as one. Shared pages are multiplied in float16.
+    as they are: with decodes' queries and weights as two e4m3 numbers each, which is as exact as bfloat16, with those
+    of prompts as one. Shared pages are multiplied in float16.
     """
 
     page_size = 64  # a tile of keys lies within a page, so that a page number serves a whole tile
@@ -113,7 +115,7 @@ class GpuPagedAttention(PagedAttention):
 
     def rope_write(
         self,
-        qkv: Tensor,
+        qkv: Tensor | Unscaled,
         cos_sin: Tensor,
         batch: AttentionBatch,
         cache: Tensor,
@@ -122,18 +124,20 @@ class GpuPagedAttention(PagedAttention):
         eps: float,
         q_out: Tensor,
     ) -> Tensor:
+        qkv, rows, columns = in_parts(qkv)
         assert qkv.is_contiguous() and q_out.is_contiguous()
         batch = self._told_apart(batch)
         rope_write[(len(qkv),)](
-            qkv, cos_sin, batch.positions, batch.slots, batch.counts, cache[0], cache[1], q_norm, k_norm, self.scales,
-            eps, q_out, HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8,
+            qkv, rows, columns, cos_sin, batch.positions, batch.slots, batch.counts, cache[0], cache[1], q_norm, k_norm,
+            self.scales, eps, q_out,
+            HEADS=self.num_heads, NORM=q_norm is not None, FP8=self.fp8, SCALE=rows is not None,
             BLOCK_H=triton.next_power_of_2(self.num_heads), BLOCK_KV=triton.next_power_of_2(self.num_kv_heads),
             BLOCK_HALF=triton.next_power_of_2(self.head_dim // 2), num_warps=4, **self._shape,
         )  # fmt: skip
         if self.fp8 and batch.prefills:
             write_values[(triton.cdiv(len(qkv), CHUNK), self.num_kv_heads)](
-                qkv, batch.slots, batch.counts, cache[1], self.scales, len(qkv),
-                HEADS=self.num_heads, BLOCK_D=self.block_d, num_warps=4, **self._shape,
+                qkv, rows, columns, batch.slots, batch.counts, cache[1], self.scales, len(qkv),
+                HEADS=self.num_heads, SCALE=rows is not None, BLOCK_D=self.block_d, num_warps=4, **self._shape,
             )  # fmt: skip
         return q_out
 

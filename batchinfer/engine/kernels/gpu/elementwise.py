@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.engine.kernels.linear.fp8 import Unscaled
+
 MOST = tl.constexpr(448.0)  # the largest e4m3 number
 LEAST = tl.constexpr(1e-30)  # of scales, for rows of zeros
 
@@ -20,15 +22,18 @@ def _store_quantised(out, scales, row, column, values, WIDTH: tl.constexpr):
 
 @triton.jit
 def _add_rms_norm(
-    residual, delta, weight, out, scales, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, QUANTISE: tl.constexpr,
+    residual, delta, delta_rows, delta_columns, weight, out, scales, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, QUANTISE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     x = tl.load(residual + row * WIDTH + column, mask=mask, other=0.0)
     if ADD:
-        x += tl.load(delta + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+        more = tl.load(delta + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+        if SCALE:
+            more *= tl.load(delta_rows + row) * tl.load(delta_columns + column, mask=mask, other=0.0)
+        x += more
         tl.store(residual + row * WIDTH + column, x, mask=mask)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
     normed = x * inverse * tl.load(weight + column, mask=mask, other=0.0)
@@ -61,31 +66,31 @@ def _quantize(x, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     _store_quantised(out, scales, row, column, values, WIDTH)
 
 
-@triton.jit
-def _scale_product(product, row_scales, column_scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < WIDTH
-    at = product + row * WIDTH + column
-    scale = tl.load(row_scales + row) * tl.load(column_scales + column, mask=mask, other=0.0)
-    values = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
-    tl.store(at, values.to(product.dtype.element_ty), mask=mask)
-
-
 def _warps(width: int) -> int:
     """Warps of a program that holds a row of ``width`` in registers."""
     return max(1, min(16, triton.next_power_of_2(width) // 512))
 
 
+def in_parts(product: Tensor | Unscaled | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The numbers of a product, and the scales of its rows and columns where they are not in it yet."""
+    return product if isinstance(product, Unscaled) else (product, None, None)
+
+
 def add_rms_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, scale: Tensor | None = None
+    residual: Tensor,
+    delta: Tensor | Unscaled | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    scale: Tensor | None = None,
 ) -> Tensor:
     rows, width = residual.shape
+    delta, delta_rows, delta_columns = in_parts(delta)
     assert residual.is_contiguous() and out.is_contiguous() and (delta is None or delta.is_contiguous())
     _add_rms_norm[(rows,)](
-        residual, delta, weight, out, scale, eps,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=delta is not None, QUANTISE=scale is not None,
-        num_warps=_warps(width),
+        residual, delta, delta_rows, delta_columns, weight, out, scale, eps,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=delta is not None, SCALE=delta_rows is not None,
+        QUANTISE=scale is not None, num_warps=_warps(width),
     )  # fmt: skip
     return out
 
@@ -105,14 +110,3 @@ def quantize(x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
     assert x.is_contiguous() and out.is_contiguous()
     _quantize[(rows,)](x, out, scale, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width))
     return out
-
-
-def scale_product(product: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
-    """Multiply ``[rows, columns]`` by a scale a row and a scale a column, in place."""
-    rows, width = product.shape
-    assert product.is_contiguous()
-    _scale_product[(rows,)](
-        product, row_scales, column_scales,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
-    )  # fmt: skip
-    return product

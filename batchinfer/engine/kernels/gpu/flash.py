@@ -249,7 +249,7 @@ def prefill(
     table += sequence.to(tl.int64) * table_stride
     k_scale, v_scale = tl.load(scales + head), tl.load(scales + KV_HEADS + head)
     scale = tl.full([BLOCK_M], scale * k_scale, tl.float32)
-    if COMPUTE == tl.float8e4nv:
+    if COMPUTE == tl.float8e4nv:  # noqa: SIM300
         largest = tl.maximum(tl.max(tl.abs(queries.to(tl.float32)), 1), LEAST) / 448.0
         queries = queries.to(tl.float32) / largest[:, None]
         scale *= largest

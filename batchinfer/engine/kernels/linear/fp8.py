@@ -6,7 +6,7 @@ capability 8.9 and above, emulated elsewhere with the same numbers in a wider ty
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from batchinfer.engine.kernels.linear.dense import Linear, widened_product
 E4M3 = torch.float8_e4m3fn
 MOST = 448.0  # the largest e4m3 number
 _ALIGNED = 16  # K and N of the native product must be multiples
-_FEW = 256  # rows up to which the native product of long sums goes without scales
+_FEW = 256  # rows up to which the native product is faster without scales of rows and columns, which the library
+# applies in kernels that do not cut sums to fill the card
+_HOW = dict(out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+class Unscaled(NamedTuple):
+    """A product yet to be multiplied by a scale a row and a scale a column: who reads it does so in passing."""
+
+    values: Tensor  # bfloat16 [T, N]
+    rows: Tensor  # float32 [T, 1]
+    columns: Tensor  # float32 [1, N]
 
 
 class Fp8Linear(Linear):
@@ -45,22 +55,18 @@ class Fp8Linear(Linear):
         if x_scale is None:
             x, x_scale = quantize_e4m3(x)
         if self.native:
-            y = self._native_product(x, x_scale).to(dtype)
+            y = torch._scaled_mm(x, self.weight.t(), x_scale, self.scale, **_HOW).to(dtype)
         elif self._product is not None:
             y = (self._product(x.to(dtype), None) * x_scale).to(dtype)
         else:
             y = (torch.nn.functional.linear(x.to(dtype), self.weight.to(dtype)) * x_scale * self.scale).to(dtype)
         return y if self.bias is None else y.add_(self.bias)
 
-    def _native_product(self, x: Tensor, x_scale: Tensor) -> Tensor:
-        outputs, inputs = self.weight.shape
-        how = dict(out_dtype=torch.bfloat16, use_fast_accum=True)
-        if len(x) > _FEW or inputs < 2 * outputs:
-            return torch._scaled_mm(x, self.weight.t(), x_scale, self.scale, **how)
-        # Few outputs of long sums: the library cuts the sums to fill the card, but not with scales of rows and columns.
-        from batchinfer.engine.kernels.gpu.elementwise import scale_product
-
-        return scale_product(torch._scaled_mm(x, self.weight.t(), self._one, self._one, **how), x_scale, self.scale)
+    def unscaled(self, x: Tensor, x_scale: Tensor) -> Tensor | Unscaled:
+        """The product for a kernel that takes either: without its scales where that is faster."""
+        if not self.native or self.bias is not None or len(x) > _FEW:
+            return self(x, x_scale)
+        return Unscaled(torch._scaled_mm(x, self.weight.t(), self._one, self._one, **_HOW), x_scale, self.scale)
 
 
 def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
