@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -235,7 +235,11 @@ class DistributedPeers:
             self._feedback = dict.fromkeys(self._feedback, group)
         self.sent = 0
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
-        self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
+        self._expected: dict[int, deque[Callable[[], tuple[dist.Work, Tensor]]]] = defaultdict(deque)
+        if backend == "nccl":  # makes a connection at its first use, for which both ends wait: now, all in one order
+            for sender, receiver in [*world.hops(), *self._feedback]:
+                if rank in (sender, receiver):
+                    self._greet(sender, receiver)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self.sent += x.nbytes * (dist.get_world_size(self._team) - 1)
@@ -257,13 +261,29 @@ class DistributedPeers:
         self._sending.append((dist.isend(x, to, self._feedback.get((dist.get_rank(), to))), x))
 
     def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        x = torch.empty(shape, dtype=dtype, device=self._device)
-        self._expected[sender].append((dist.irecv(x, sender, self._feedback.get((sender, dist.get_rank()))), x))
+        begin = functools.partial(self._begin, sender, shape, dtype)
+        if self._device.type != "cuda":
+            begun = begin()
+            begin = lambda: begun  # noqa: E731
+        # On a GPU what waits for a sender keeps all that waits for the whole GPU, as a kernel's first launch may, from
+        # going on, and the sender may be waiting for that. Begun in its turn it is still ahead of the computation.
+        self._expected[sender].append(begin)
 
     def receive(self, sender: int) -> Tensor:
-        work, x = self._expected[sender].popleft()
+        work, x = self._expected[sender].popleft()()
         work.wait()
         return x
+
+    def _begin(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        return dist.irecv(x, sender, self._feedback.get((sender, dist.get_rank()))), x
+
+    def _greet(self, sender: int, receiver: int) -> None:
+        x, group = torch.zeros(1, device=self._device), self._feedback.get((sender, receiver))
+        if dist.get_rank() == sender:
+            dist.send(x, receiver, group)
+        else:
+            dist.recv(x, sender, group)
 
 
 def _view(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

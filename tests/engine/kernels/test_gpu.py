@@ -116,7 +116,7 @@ def test_fp8_pages_hold_the_rotated_keys_and_attention_reads_what_they_hold(kern
         torch.testing.assert_close(held, exact, rtol=STEP, atol=0.02, equal_nan=True)
         out = fast.attend(q, batch, cache, torch.full_like(q, float("nan")))
         expected = reference.attend(q.float(), batch, held, torch.empty_like(q, dtype=torch.float32))
-        exact, rounded = out[: batch.decodes].float(), out[batch.decodes :].float()
-        torch.testing.assert_close(exact, expected[: batch.decodes], rtol=2e-2, atol=2e-2)
+        decoded, rounded = out[: batch.decodes].float(), out[batch.decodes :].float()
+        torch.testing.assert_close(decoded, expected[: batch.decodes], rtol=2e-2, atol=2e-2)
         error = rounded - expected[batch.decodes :]  # queries and weights of prompts are e4m3 numbers too
         assert error.norm() < STEP * expected[batch.decodes :].norm() and error.abs().max() < 0.3
