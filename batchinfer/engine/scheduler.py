@@ -229,12 +229,13 @@ class Scheduler:
         return max(1, decoding), min(decoding + prefill, step_tokens)
 
     def _admissible(self) -> int:
-        """Tokens of those that wait and that rows and pages could hold now."""
+        """Tokens of those that wait and that rows and pages could hold now, counted as far as it matters to a step."""
+        enough = _PREFILL_STEPS * self.profile.step_tokens
         tokens, room = 0, self.pages.available - self._promised_pages()
         for sequence in islice(self.waiting, len(self._free_rows)):
             length = len(sequence.token_ids)
             room -= int(self._pages_for(self._expected_length(sequence.prompt_len, length, sequence.limit)))
-            if room < 0:
+            if room < 0 or tokens >= enough:
                 break
             tokens += length
         return tokens
