@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
 from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.quality import Quality
 from batchinfer.engine.text import Text
-from batchinfer.errors import ModelError
+from batchinfer.errors import ModelError, StalePlanError
 
 KV_MAX_LOSS = 0.01  # of perplexity that a build accepts of keys and values in 8 bits alone, unless told otherwise
 _CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
@@ -163,12 +166,21 @@ def build(
 def rebuild(model: str, folder: str | Path, **options: Any) -> EnginePlan:
     """Build the plan in ``folder`` again from ``model``: for this device, and else as it was but for what is asked.
 
-    The old plan stays until the new one takes its place.
+    The old plan stays until the new one takes its place. Of several processes that ask, one builds, and the others wait
+    and take what it built.
 
     Raises:
         ModelError: as ``build``.
     """
     folder = Path(folder).expanduser().resolve()
+    with _alone_with(folder):
+        with contextlib.suppress(StalePlanError):
+            return EnginePlan.load(folder)  # another process was faster
+        _build_anew(model, folder, options)
+    return EnginePlan.load(folder)
+
+
+def _build_anew(model: str, folder: Path, options: dict[str, Any]) -> None:
     was = json.loads((folder / "plan.json").read_text("utf-8"))
     kept = {name: was[name] for name in ("dtype", "group_size", "kv_dtype") if name in was}
     if was.get("quality"):  # else its model came quantised, and comes so again
@@ -183,7 +195,30 @@ def rebuild(model: str, folder: str | Path, **options: Any) -> EnginePlan:
     folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old)
-    return EnginePlan.load(folder)
+
+
+@contextlib.contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with that folder. Where a file system knows no locks, nobody waits."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        while _is_held(descriptor):
+            pulse.beat()
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether another holds the lock; else it is taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:

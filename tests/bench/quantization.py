@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["smollm2-135m-instruct", str(TRAINED)])
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--schemes", help="comma-separated; all unless given")
     parser.add_argument("--engines", type=Path, help="folder to keep the engines in, so that a second run takes them")
     parser.add_argument("--serve", metavar="PLAN", help=argparse.SUPPRESS)

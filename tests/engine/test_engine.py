@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from batchinfer import BatchInferError, Engine, Request, SamplingParams
-from batchinfer.engine.build import build
+from batchinfer.engine.build import build, rebuild
 from batchinfer.engine.plan import FORMAT, EnginePlan, describe
 from batchinfer.engine.text import Text
 from batchinfer.errors import EngineError, ModelError
@@ -307,6 +310,28 @@ def test_a_plan_of_another_device_is_built_again_in_its_place_as_it_was_made(mod
     file.write_text(file.read_text().replace(plan.fingerprint["device"], "CPU riscv64 RVV"))
     again = Engine(plan.path, rebuild_from=str(model), device="cpu", max_quality_loss=9.0, progress=False).plan
     assert again == plan and again.digest == plan.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_of_several_that_want_a_plan_built_again_one_builds(model, tmp_path, monkeypatch):
+    plan = build(str(model), tmp_path / "plan", dtype="float32", device="cpu", progress=False)
+    file = plan.path / "plan.json"
+    file.write_text(file.read_text().replace(plan.fingerprint["device"], "CPU riscv64 RVV"))
+    built, all_are_here = [], threading.Barrier(3, timeout=30)
+
+    def counted(*args, **options):
+        built.append(args)
+        time.sleep(0.3)  # the others ask meanwhile
+        return build(*args, **options)
+
+    def again(_):
+        all_are_here.wait()
+        return rebuild(str(model), plan.path, device="cpu", progress=False)
+
+    monkeypatch.setattr("batchinfer.engine.build.build", counted)
+    with ThreadPoolExecutor(3) as threads:
+        plans = list(threads.map(again, range(3)))
+    assert len(built) == 1 and plans == [plan] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 

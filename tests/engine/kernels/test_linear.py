@@ -64,6 +64,16 @@ def test_a_linear_is_the_product_of_the_numbers_it_stands_for(products, device, 
         torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("form", [form for form in QUANTIZE if form != "weight"])
+def test_activations_in_float32_are_multiplied_in_float32(products, form, tokens, inputs, outputs):
+    torch.manual_seed(tokens)
+    x, bias = torch.randn(tokens, inputs), torch.randn(outputs)
+    made = QUANTIZE[form](torch.randn(outputs, inputs) * 0.1)
+    got = load_linear({f"o.{part}": tensor for part, tensor in made.items()} | {"o.bias": bias}, "o")(x)
+    torch.testing.assert_close(got, expected(form, x, made) + bias, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("form", ["weight", "w8a8"])
 def test_gate_and_up_become_their_product_at_once(form, threads):

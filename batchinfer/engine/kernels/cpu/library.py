@@ -166,6 +166,7 @@ _SIGNATURES |= {f"{name}_{suffix}_int8": each for name, each in _PAGED.items() f
 _SIGNATURES |= {
     "want_huge_pages": (None, [_POINTER, _LONG]),
     "linear_bf16": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2),
+    "linear_widened_f32": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
     "linear_widened_bf16": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
     "dot_products": (_INT, []),
     "best_bf16": (_INT, []),

@@ -84,7 +84,7 @@ class W8A8Product(Product):
 
 
 class WidenedProduct:
-    """x ``[T, K]``, taken as bfloat16, times weights in fewer bits, which become bfloat16 a tile at a time."""
+    """float32 or bfloat16 times weights in fewer bits, which become the same a tile at a time; K is even."""
 
     def __init__(self, form: str, weight: Tensor, scale: Tensor, zero: Tensor | None = None, group: int = 0) -> None:
         """
@@ -92,7 +92,8 @@ class WidenedProduct:
             weight: int8 or e4m3 ``[N, K]``, or uint8 ``[N, K / 2]`` with two 4-bit numbers a byte.
             scale, zero: ``[N, groups]``; one group where there is no ``zero``.
         """
-        self._operators = operators()
+        made = operators()
+        self._operators = {torch.float32: made.linear_widened_f32, torch.bfloat16: made.linear_widened_bf16}
         self._form, self._group = FORMS[form], group
         packed = form == "int4"
         self.shape = (weight.shape[0], weight.shape[1] * 2 if packed else weight.shape[1])
@@ -102,10 +103,10 @@ class WidenedProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         channels, inputs = self.shape
-        dtype, x = x.dtype, x.bfloat16().contiguous()
-        bias = None if bias is None else bias.bfloat16()
-        y = torch.empty(len(x), channels, dtype=torch.bfloat16)
-        self._operators.linear_widened_bf16(
+        x = x.contiguous()
+        bias = None if bias is None else bias.to(x.dtype)
+        y = torch.empty(len(x), channels, dtype=x.dtype)
+        self._operators[x.dtype](
             self._form,
             x.data_ptr(),
             self._codes.data_ptr(),
@@ -119,4 +120,4 @@ class WidenedProduct:
             self._group,
             torch.get_num_threads(),
         )
-        return y.to(dtype)
+        return y

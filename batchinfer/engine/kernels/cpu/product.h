@@ -33,6 +33,9 @@ INLINE __m512i dot(__m512i sum, __m512i weights, const uint8_t* x) {  // 4 unsig
 INLINE __m512 dot(__m512 sum, __m512i weights, const bf16* x) {  // 2 numbers a lane
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(load<int32_t>(x)));
 }
+INLINE __m512 dot(__m512 sum, __m512i weights, const float* x) {  // 1 number a lane
+    return _mm512_fmadd_ps((__m512)weights, _mm512_set1_ps(*x), sum);
+}
 
 // Of the two blocks that come next from memory, what is fetched into the second-level cache while a tile is computed.
 struct Ahead {

@@ -15,7 +15,7 @@ _ALIGNED, _FEWEST_ROWS = 8, 32  # what torch's own int8 product asks of a GPU
 
 
 class Int8Linear(Linear):
-    """Holds ``int8`` ``[N, K]``, ``scale`` float32 ``[N]``; activations stay as they are, or, fast, become bfloat16."""
+    """Holds ``int8`` ``[N, K]``, ``scale`` float32 ``[N]``; activations stay as they are."""
 
     def __init__(self, int8: Tensor, scale: Tensor, bias: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(int8, bias)
