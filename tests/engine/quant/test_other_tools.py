@@ -1,0 +1,83 @@
+"""Beside other tools: the numbers are theirs where they are installed (``pip install torchao llmcompressor``), and what
+one of them wrote (see ``write``) says what it says.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from batchinfer import Engine, SamplingParams
+from batchinfer.engine.kernels.linear.int4 import dequantize
+from batchinfer.engine.quant import awq, gptq
+from batchinfer.engine.quant.calibration import Inputs
+from batchinfer.engine.quant.int4 import Grid
+from tests.engine.quant.write import WRITTEN
+from tests.engine.tiny import make_tokenizer
+from tests.engine.train import TRAINED
+
+GROUP = 32
+PROMPTS = [[(7 * i * j + j) % 256 for j in range(12)] for i in range(1, 25)]
+
+
+@pytest.fixture(scope="module", params=["q_proj", "gate_proj"])
+def layer(request):
+    """A matrix of the trained model, and inputs as models have them: correlated, some channels larger than others."""
+    weight = load_file(TRAINED / "model.safetensors")[
+        f"model.layers.1.{'self_attn' if request.param == 'q_proj' else 'mlp'}.{request.param}.weight"
+    ].float()
+    torch.manual_seed(0)
+    inputs = weight.shape[1]
+    x = torch.randn(2048, 32) @ torch.randn(32, inputs) + torch.randn(2048, inputs)
+    return weight, x * (torch.rand(inputs) * 3) ** 2
+
+
+def test_awq_finds_the_scales_that_torchao_finds(layer):
+    core = pytest.importorskip("torchao.prototype.awq.core")
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
+
+    weight, x = layer
+    rounding = IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP), mapping_type=MappingType.ASYMMETRIC)
+    theirs = core.AWQObserver(weight, None, rounding)
+    theirs(x, None)
+    inputs = Inputs([x])
+    ours = awq.search_scale(weight, inputs, inputs.mean, GROUP)
+    assert float(ours.max() / ours.min()) > 2
+    torch.testing.assert_close(ours, theirs.calculate_qparams(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_rounds_as_llmcompressor_rounds(layer, act_order):
+    module = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize")
+    from compressed_tensors.quantization import QuantizationArgs
+
+    weight, x = layer
+    hessian, grid = Inputs([x]).hessian, Grid.over(weight, GROUP)
+    arguments = QuantizationArgs(
+        num_bits=4, symmetric=False, strategy="group", group_size=GROUP, actorder="weight" if act_order else None
+    )
+    signed = (grid.zero - 8).to(torch.int8)
+    theirs, *_ = module.quantize_weight(
+        weight[None].clone(), hessian[None].clone(), grid.scale[None], signed[None], None, arguments
+    )
+    made = gptq.quantize(weight, hessian, GROUP, act_order=act_order)
+    ours = dequantize(made["int4"], made["scale"], made["zero"], GROUP)
+    rounded = Grid.over(weight, GROUP).rounded(weight, GROUP)
+    alike = (ours - theirs[0]).abs() < 1e-5
+    assert (rounded - theirs[0]).abs().lt(1e-5).float().mean() < 0.9 < 0.999 < alike.float().mean()
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq"])
+def test_what_another_tool_wrote_says_what_the_tool_takes_it_for(tmp_path, form):
+    said = {}
+    for name in (form, "plain"):
+        shutil.copytree(WRITTEN / name, tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        engine = Engine(tmp_path / name, device="cpu", dtype="float32", seq_len=64, progress=False)
+        done = engine.generate(PROMPTS, SamplingParams(max_tokens=8, ignore_eos=True))
+        said[name] = {completion.key: completion.outputs[0].token_ids for completion in done}
+        assert engine.plan.quantization == (form if name == form else "none")
+    assert said[form] == said["plain"]

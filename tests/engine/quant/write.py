@@ -1,0 +1,81 @@
+"""Writes the checkpoints in ``written``, with another tool: ``python -m tests.engine.quant.write``.
+
+auto-round (``pip install auto-round``) rounds a small random Llama to 4 bits and writes it in AWQ's format and in
+GPTQ's; ``plain`` has the numbers that it reads the first one as.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.engine.tiny import EOS, VOCAB, make_tokenizer
+
+WRITTEN = Path(__file__).parent / "written"
+FORMATS = ("awq", "gptq")
+BITS, GROUP_SIZE = 4, 32
+
+
+def make_model(folder: Path) -> None:
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=EOS,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def write(model: Path, form: str, scratch: Path) -> None:
+    from auto_round import AutoRound
+
+    loaded, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        AutoTokenizer.from_pretrained(model),
+    )
+    tool = AutoRound(loaded, tokenizer, bits=BITS, group_size=GROUP_SIZE, sym=False, iters=0, device_map="cpu")
+    tool.quantize_and_save(str(scratch / form), format=f"auto_{form}")
+    [made] = (scratch / form).rglob("model.safetensors")
+    (WRITTEN / form).mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(made.with_name(file), WRITTEN / form / file)
+
+
+def write_plain() -> None:
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+    tensors = load_file(WRITTEN / "awq" / "model.safetensors")
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        parts = [tensors.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")]
+        tensors[f"{name}.weight"] = dequantize_gemm(*parts, BITS, GROUP_SIZE).T.contiguous()
+    config = json.loads((WRITTEN / "awq" / "config.json").read_text())
+    del config["quantization_config"]
+    (WRITTEN / "plain").mkdir(exist_ok=True)
+    (WRITTEN / "plain" / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, WRITTEN / "plain" / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        make_model(scratch / "model")
+        for form in FORMATS:
+            write(scratch / "model", form, scratch)
+    write_plain()
+
+
+if __name__ == "__main__":
+    main()
