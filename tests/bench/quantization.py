@@ -19,7 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchinfer.bench import _peak_rss_mb, _timed_run, workload
+import numpy as np
+
+from batchinfer import Request, SamplingParams
+from batchinfer.bench import _peak_rss_mb, _timed_run
 from batchinfer.engine.build import build
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import EnginePlan
@@ -35,7 +38,7 @@ RECIPES: list[Recipe] = [
     *((scheme, 0, "auto") for scheme in ("fp8", "int8", "w8a8", "smoothquant")),
     *((scheme, size, "auto") for size in (32, 128, -1) for scheme in ("int4", "awq", "gptq")),
 ]
-BATCH_SIZE = 64
+BATCH_SIZE, PROMPT, OUTPUT = 64, 64, 48
 TOKENS = 8192  # that quantising is calibrated and measured with: half of what a build takes, for the table's 14
 
 
@@ -49,10 +52,16 @@ def built(model: str, recipe: Recipe, folder: Path, rows: list[list[int]]) -> En
     return EnginePlan.load(folder)
 
 
-def serve(plan: str, requests: int) -> None:
-    """Say when it can begin, run the workload once for every line that comes in, and say how that went."""
+def requests(vocabulary: int) -> list[Request]:
+    """As many as run at once, all of one length, so that none runs with fewer beside it; EOS ignored."""
+    rng, sampling = np.random.default_rng(0), SamplingParams(max_tokens=OUTPUT, ignore_eos=True)
+    return [Request(i, rng.integers(10, vocabulary, PROMPT).tolist(), sampling) for i in range(BATCH_SIZE)]
+
+
+def serve(plan: str) -> None:
+    """Say when it can begin, run the requests once for every line that comes in, and say how that went."""
     engine = Engine(plan)
-    jobs = workload(requests, vocabulary=engine.plan.spec.vocab_size)
+    jobs = requests(engine.plan.spec.vocab_size)
     list(engine.generate(jobs[:8]))
     print(flush=True)
     for _ in sys.stdin:
@@ -61,9 +70,9 @@ def serve(plan: str, requests: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(plan: EnginePlan, requests: int) -> Iterator[Any]:
-    """A function that runs the workload on ``plan`` in another process: the build's memory is not the engine's."""
-    command = [sys.executable, "-m", "tests.bench.quantization", "--serve", str(plan.path), "--requests", str(requests)]
+def opened(plan: EnginePlan) -> Iterator[Any]:
+    """A function that runs the requests on ``plan`` in another process: the build's memory is not the engine's."""
+    command = [sys.executable, "-m", "tests.bench.quantization", "--serve", str(plan.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def run() -> dict[str, float]:
@@ -108,7 +117,7 @@ def row(recipe: Recipe, plan: EnginePlan, plain: EnginePlan, ran: dict[str, floa
     )
 
 
-def table(model: str, recipes: list[Recipe], engines: Path, requests: int, rounds: int) -> None:
+def table(model: str, recipes: list[Recipe], engines: Path, rounds: int) -> None:
     begun = time.monotonic()
     rows: list[list[int]] = []
     plans = {}
@@ -118,12 +127,13 @@ def table(model: str, recipes: list[Recipe], engines: Path, requests: int, round
     qualities = [plan.quality for plan in plans.values() if plan.quality]
     plain, tokens = plans[PLAIN], qualities[0]["tokens"]
     print(f"\n{plain.model} on {plain.fingerprint['device']}, engines built in {time.monotonic() - begun:.0f} s;")
-    print(f"{requests} requests, up to {BATCH_SIZE} at once, {rounds} pairs of runs; {tokens:,} held-out tokens\n")
+    told = f"{BATCH_SIZE} requests at once, {PROMPT} tokens in and {OUTPUT} out, {rounds} pairs of runs"
+    print(f"{told}; {tokens:,} held-out tokens\n")
     print("| | weights of layers, MB | peak memory, MB | tok/s, prompt and output | perplexity | loss | same token |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    with opened(plain, requests) as beside:
+    with opened(plain) as beside:
         for recipe, plan in plans.items():
-            with opened(plan, requests) as one:
+            with opened(plan) as one:
                 ran = side_by_side(beside, one, rounds)
             print(row(recipe, plan, plain, ran, qualities[0]["reference_perplexity"]), flush=True)
 
@@ -131,20 +141,19 @@ def table(model: str, recipes: list[Recipe], engines: Path, requests: int, round
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["smollm2-135m-instruct", str(TRAINED)])
-    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--schemes", help="comma-separated; all unless given")
     parser.add_argument("--engines", type=Path, help="folder to keep the engines in, so that a second run takes them")
     parser.add_argument("--serve", metavar="PLAN", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.requests)
+        return serve(options.serve)
     wanted = options.schemes and {"none", *options.schemes.split(",")}
     recipes = [recipe for recipe in RECIPES if not wanted or recipe[0] in wanted]
     with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as scratch:
         for model in options.models:
             engines = (options.engines or Path(scratch)) / Path(model).name
-            table(model, recipes, engines, options.requests, options.rounds)
+            table(model, recipes, engines, options.rounds)
 
 
 if __name__ == "__main__":
