@@ -176,7 +176,8 @@ def _run(engine: Engine, job: Workload) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
     assert made == sum(output for _, output in job)
     counted, told = engine.counters.minus(before), engine.stage.details()
-    names = ("partition", "bubble", "rank_bubbles", "rank_step_ms", "slot_occupancy", "bytes_sent", "step_tokens")
+    names = ("partition", "bubble", "rank_bubbles", "rank_step_ms", "rank_moving_pages", "slot_occupancy")
+    names += ("bytes_sent", "step_tokens")
     return {
         "output_tok_s": round(made / seconds),
         "seconds": round(seconds, 2),
