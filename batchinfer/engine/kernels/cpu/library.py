@@ -155,6 +155,7 @@ _TYPED = {  # one for each of f32 and bf16
     "silu_mul": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT]),
     "sample": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
     "linear_w8a8": (None, [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2),
+    "linear_widened": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
 }
 _PAGED = {  # as well as one for each of them with keys and values in 8 bits
     "page_bytes": (_LONG, [_POINTER]),
@@ -166,8 +167,6 @@ _SIGNATURES |= {f"{name}_{suffix}_int8": each for name, each in _PAGED.items() f
 _SIGNATURES |= {
     "want_huge_pages": (None, [_POINTER, _LONG]),
     "linear_bf16": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2),
-    "linear_widened_f32": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
-    "linear_widened_bf16": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
     "dot_products": (_INT, []),
     "best_bf16": (_INT, []),
     "vector_floats": (_INT, []),
