@@ -53,9 +53,9 @@ def engine(
     spec = opened.plan.spec
     jobs = workload(requests, vocabulary=min(VOCABULARY, spec.vocab_size))
     list(opened.generate(jobs[: min(8, requests)]))  # warm-up: first touch, kernel selection
-    runs = sorted((_timed_run(opened, jobs) for _ in range(repeats)), key=lambda run: run["seconds"])
+    runs = sorted((timed_run(opened, jobs) for _ in range(repeats)), key=lambda run: run["seconds"])
     run = runs[len(runs) // 2]
-    peak = _peak_rss_mb()  # before the floor is measured, which takes memory of its own
+    peak = peak_rss_mb()  # before the floor is measured, which takes memory of its own
     ranks = opened.stage.details()
     floor = 0.0 if ranks else floor_seconds(opened, jobs)
     opened.close()
@@ -78,7 +78,8 @@ def engine(
     }
 
 
-def _timed_run(opened: Engine, jobs: list[Request]) -> dict[str, float]:
+def timed_run(opened: Engine, jobs: list[Request]) -> dict[str, float]:
+    """Figures of one run of ``jobs``, all of which must come to their end; nothing of an earlier run is found again."""
     before = opened.counters.copy()
     preemptions = opened.scheduler.preemptions
     opened.pages.forget_idle()  # what an earlier run left would be found, and not computed
@@ -148,7 +149,7 @@ def _best_seconds(work: Any, device: Any, budget: float = 0.1) -> float:
     return best
 
 
-def _peak_rss_mb() -> float:
+def peak_rss_mb() -> float:
     from batchinfer.host import peak_rss
 
     return round(peak_rss() / 2**20, 1)
@@ -245,7 +246,7 @@ def _run_pipeline(source: str, output: str, model: str) -> None:
     summary = run(job, progress=False)
     seconds = time.perf_counter() - begun
     stages = {name: round(value, 3) for name, value in summary.stages.items()}
-    print(json.dumps({"seconds": seconds, "peak_rss_mb": _peak_rss_mb(), "stages": stages}))
+    print(json.dumps({"seconds": seconds, "peak_rss_mb": peak_rss_mb(), "stages": stages}))
 
 
 def _run_bare(source: str, output: str, model: str) -> None:
@@ -264,4 +265,4 @@ def _run_bare(source: str, output: str, model: str) -> None:
                 prompts = [TEMPLATE.replace("{{ text }}", text) for text in batch.column("text").to_pylist()]
                 counts = [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(prompts)]
                 writer.write_batch(batch.append_column("prompt_tokens", pa.array(counts, pa.int32())))
-    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_rss_mb": _peak_rss_mb()}))
+    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_rss_mb": peak_rss_mb()}))

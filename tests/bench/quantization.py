@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from batchinfer import Request, SamplingParams
-from batchinfer.bench import _peak_rss_mb, _timed_run
+from batchinfer.bench import peak_rss_mb, timed_run
 from batchinfer.engine.build import build
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import EnginePlan
@@ -65,8 +65,8 @@ def serve(plan: str) -> None:
     list(engine.generate(jobs[:8]))
     print(flush=True)
     for _ in sys.stdin:
-        ran = _timed_run(engine, jobs)
-        print(json.dumps({"tok_s": ran["total_tok_s"], "peak_mb": _peak_rss_mb()}), flush=True)
+        ran = timed_run(engine, jobs)
+        print(json.dumps({"tok_s": ran["total_tok_s"], "peak_mb": peak_rss_mb()}), flush=True)
 
 
 @contextlib.contextmanager

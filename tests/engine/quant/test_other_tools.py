@@ -23,12 +23,10 @@ GROUP = 32
 PROMPTS = [[(7 * i * j + j) % 256 for j in range(12)] for i in range(1, 25)]
 
 
-@pytest.fixture(scope="module", params=["q_proj", "gate_proj"])
+@pytest.fixture(scope="module", params=["self_attn.q_proj", "mlp.gate_proj"])
 def layer(request):
     """A matrix of the trained model, and inputs as models have them: correlated, some channels larger than others."""
-    weight = load_file(TRAINED / "model.safetensors")[
-        f"model.layers.1.{'self_attn' if request.param == 'q_proj' else 'mlp'}.{request.param}.weight"
-    ].float()
+    weight = load_file(TRAINED / "model.safetensors")[f"model.layers.1.{request.param}.weight"].float()
     torch.manual_seed(0)
     inputs = weight.shape[1]
     x = torch.randn(2048, 32) @ torch.randn(32, inputs) + torch.randn(2048, inputs)
