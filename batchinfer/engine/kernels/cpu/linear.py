@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from batchinfer.engine.kernels.cpu.library import library
 
 CHANNELS = 16  # output channels of a block: the lanes of a vector
+SHELF = 64 * 2**20  # bytes of memory that weights are placed in together
 FORMS = {"int8": 0, "int4": 1, "fp8": 2}  # as in widened.cpp
 
 
@@ -26,7 +28,23 @@ def in_blocks(codes: Tensor, lane: int) -> Tensor:
     channels, inputs = codes.shape
     missing = (0, -inputs % lane, 0, -channels % CHANNELS)
     padded = F.pad(codes, missing) if any(missing) else codes
-    return padded.view(-1, CHANNELS, padded.shape[1] // lane, lane).transpose(1, 2).contiguous()
+    return on_shelf(padded.view(-1, CHANNELS, padded.shape[1] // lane, lane).transpose(1, 2))
+
+
+def on_shelf(weight: Tensor) -> Tensor:
+    """A contiguous copy of it beside others, in huge pages: read once a step, small ones miss the TLB all the time."""
+    global _shelf
+    size = -(-weight.nbytes // 64) * 64
+    with _placing:
+        if size > len(_shelf):
+            _shelf = torch.empty(max(size, SHELF), dtype=torch.uint8)
+            library().want_huge_pages(_shelf.data_ptr(), len(_shelf))
+        place, _shelf = _shelf[: weight.nbytes], _shelf[size:]
+    return place.view(weight.dtype).view(weight.shape).copy_(weight)
+
+
+_shelf = torch.empty(0, dtype=torch.uint8)  # what is left of the last
+_placing = threading.Lock()
 
 
 def channels_in_blocks(values: Tensor) -> Tensor:
