@@ -28,6 +28,8 @@ class Kernels:
     # Of a tensor into e4m3 and a scale a row. None: norm and activation do not quantise in passing either, linears see
     # to it themselves.
     quantize: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    # What makes one call of layers, see ``cpu.layers``; it may give None as well.
+    fuse: Callable[..., Callable[..., Tensor] | None] | None = None
 
 
 OPERATIONS = ("add_rms_norm", "silu_mul", "attention", "sample")
@@ -63,4 +65,6 @@ def select(device: torch.device, dtype: torch.dtype, winners: Mapping[str, str] 
     known = contenders(device, dtype)
     first, winners = next(iter(known.values())), winners or {}
     chosen = {name: known[winners[name]] for name in OPERATIONS if winners.get(name) in known}
-    return replace(first, **{name: getattr(kernels, name) for name, kernels in chosen.items()})
+    picked = replace(first, **{name: getattr(kernels, name) for name, kernels in chosen.items()})
+    in_layers = (picked.add_rms_norm, picked.attention) == (first.add_rms_norm, first.attention)
+    return picked if in_layers else replace(picked, fuse=None)

@@ -101,6 +101,8 @@ class Decoder:
             self.embedding = self.head.weight  # kept once, None where that is in the layout of the product
         elif shard.first:
             self._rows_of_embedding = self.embedding.__getitem__
+        fuse = kernels.fuse if shard.tp == 1 else None
+        self._fused = fuse and fuse(self.layers[:-1], attention, max_tokens, spec.rms_norm_eps)
         self.cos_sin = spec.rope.cos_sin(spec.head_dim, max_position).to(device)
         heads = spec.num_heads * spec.head_dim
         self.dtype = dtype
@@ -133,8 +135,10 @@ class Decoder:
         tokens = len(inputs)
         q, attended = self._q[:tokens], self._attended[:tokens]
         residual = self.embed(inputs) if self.shard.first else inputs
-        delta = None
-        for layer, cache in zip(self.layers, caches, strict=True):
+        delta, layers = None, list(zip(self.layers, caches, strict=True))
+        if self._fused is not None:
+            delta, layers = self._fused(residual, self.cos_sin, batch, caches), layers[-1:]
+        for layer, cache in layers:
             normed = self._room(tokens, hidden, layer.qkv)
             kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, *normed)
             qkv = self._for_kernels(layer.qkv, normed)

@@ -7,6 +7,7 @@ import torch
 from batchinfer.engine.kernels import Kernels
 from batchinfer.engine.kernels.cpu.attention import SUFFIX, CpuPagedAttention
 from batchinfer.engine.kernels.cpu.elementwise import make_add_rms_norm, make_silu_mul
+from batchinfer.engine.kernels.cpu.layers import fuse
 from batchinfer.engine.kernels.cpu.library import library
 from batchinfer.engine.kernels.cpu.sampling import make_sample
 
@@ -23,4 +24,5 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
         silu_mul=make_silu_mul(operators, suffix),
         attention=CpuPagedAttention,
         sample=make_sample(operators),
+        fuse=fuse,
     )

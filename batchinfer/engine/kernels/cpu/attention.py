@@ -44,11 +44,11 @@ class CpuPagedAttention(PagedAttention):
         if operators is None:
             raise RuntimeError("the CPU kernels could not be built; use TorchPagedAttention")
         self._shape = _Shape(num_heads, num_kv_heads, head_dim, page_size, window or 0, self.scale)
-        self._shape_at = ctypes.addressof(self._shape)
+        self.shape_at = ctypes.addressof(self._shape)
         self._rope_write = getattr(operators, f"rope_write_{suffix}")
         self._attend = getattr(operators, f"attend_{suffix}")
         self._want_huge_pages = operators.want_huge_pages
-        self._page_bytes = getattr(operators, f"page_bytes_{suffix}")(self._shape_at)
+        self._page_bytes = getattr(operators, f"page_bytes_{suffix}")(self.shape_at)
         self._batch: AttentionBatch | None = None
         self._batch_struct = _Batch()
         self._batch_at = ctypes.addressof(self._batch_struct)
@@ -78,8 +78,8 @@ class CpuPagedAttention(PagedAttention):
     ) -> Tensor:
         assert qkv.is_contiguous() and q_out.is_contiguous() and qkv.dtype == q_out.dtype == self.dtype
         self._rope_write(
-            self._shape_at,
-            self._at(batch),
+            self.shape_at,
+            self.batch_at(batch),
             qkv.data_ptr(),
             cos_sin.data_ptr(),
             cache.data_ptr(),
@@ -94,8 +94,8 @@ class CpuPagedAttention(PagedAttention):
     def attend(self, q: Tensor, batch: AttentionBatch, cache: Tensor, out: Tensor) -> Tensor:
         assert q.is_contiguous() and out.is_contiguous() and q.dtype == out.dtype == self.dtype
         self._attend(
-            self._shape_at,
-            self._at(batch),
+            self.shape_at,
+            self.batch_at(batch),
             q.data_ptr(),
             cache.data_ptr(),
             out.data_ptr(),
@@ -103,7 +103,7 @@ class CpuPagedAttention(PagedAttention):
         )
         return out
 
-    def _at(self, batch: AttentionBatch) -> int:
+    def batch_at(self, batch: AttentionBatch) -> int:
         """Address of the batch as a C struct: made once a step, used by every layer."""
         if batch is not self._batch:
             self._batch_struct.fill(batch)

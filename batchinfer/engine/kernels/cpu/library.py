@@ -154,7 +154,7 @@ _TYPED = {  # one for each of f32 and bf16
     "add_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG, _INT]),
     "silu_mul": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT]),
     "sample": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT]),
-    "linear_w8a8": (None, [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2),
+    "linear_w8a8": (None, [_POINTER] * 3 + [_LONG] + [_INT] * 2),
     "linear_widened": (None, [_INT] + [_POINTER] * 6 + [_LONG] * 4 + [_INT]),
 }
 _PAGED = {  # as well as one for each of them with keys and values in 8 bits
@@ -166,7 +166,9 @@ _SIGNATURES = {f"{name}_{suffix}": each for name, each in (_TYPED | _PAGED).item
 _SIGNATURES |= {f"{name}_{suffix}_int8": each for name, each in _PAGED.items() for suffix in ("f32", "bf16")}
 _SIGNATURES |= {
     "want_huge_pages": (None, [_POINTER, _LONG]),
-    "linear_bf16": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2),
+    "linear_bf16": (None, [_POINTER] * 3 + [_LONG] + [_INT] * 2),
+    "layers_bf16": (None, [_POINTER, _LONG] + [_POINTER] * 3 + [_INT]),
+    "layers_bf16_int8": (None, [_POINTER, _LONG] + [_POINTER] * 3 + [_INT]),
     "dot_products": (_INT, []),
     "best_bf16": (_INT, []),
     "vector_floats": (_INT, []),

@@ -53,16 +53,29 @@ def channels_in_blocks(values: Tensor) -> Tensor:
     return padded.view(-1, CHANNELS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-class Product:
-    """x ``[T, K]`` times ``[N, K]`` in blocks, plus bias ``[N]``; ``arguments`` are what the operator takes of them."""
+class Matrix(ctypes.Structure):
+    """Weights in blocks, as the operators take them."""
 
-    def __init__(self, shape: torch.Size, bias: Tensor | None, *arguments: Tensor) -> None:
-        self.shape = shape
-        self._held = (*arguments, bias)
-        self._arguments = [None if tensor is None else tensor.data_ptr() for tensor in self._held]
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+class Product:
+    """x ``[T, K]`` times ``[N, K]`` in blocks, plus bias ``[N]``; ``held`` are the fields of ``Matrix``, in order."""
+
+    def __init__(self, shape: torch.Size, *held: Tensor | None) -> None:
+        self._held = held
+        self.matrix = Matrix(*(None if tensor is None else tensor.data_ptr() for tensor in held), *shape)
+        self._matrix_at = ctypes.addressof(self.matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._into(x, torch.empty(len(x), self.shape[0], dtype=x.dtype), False)
+        return self._into(x, torch.empty(len(x), self.matrix.n, dtype=x.dtype), False)
 
     def gated(self, x: Tensor, out: Tensor) -> Tensor:
         """``out [T, N / 2]``: silu of the first half of the channels times the others. N is a multiple of 32."""
@@ -72,7 +85,7 @@ class Product:
         x = x.contiguous()
         assert out.is_contiguous() and x.dtype == out.dtype
         threads = torch.get_num_threads()
-        self._operators[x.dtype](x.data_ptr(), *self._arguments, out.data_ptr(), len(x), *self.shape, gated, threads)
+        self._operators[x.dtype](self._matrix_at, x.data_ptr(), out.data_ptr(), len(x), gated, threads)
         return out
 
 
@@ -81,7 +94,7 @@ class BFloat16Product(Product):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._codes = in_blocks(weight, 4)
-        super().__init__(weight.shape, bias, self._codes)
+        super().__init__(weight.shape, self._codes, None, None, bias)
         self._operators = {torch.bfloat16: operators().linear_bf16}
 
     def rows(self, channels: Tensor) -> Tensor:
@@ -96,7 +109,7 @@ class W8A8Product(Product):
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         # Activations are unsigned there, 128 too much: what that adds to the sums is taken off again.
         offset = (channels_in_blocks(weight.sum(1, dtype=torch.int32)[:, None].float()) * 128).int()
-        super().__init__(weight.shape, bias, in_blocks(weight, 4), channels_in_blocks(scale[:, None]), offset)
+        super().__init__(weight.shape, in_blocks(weight, 4), channels_in_blocks(scale[:, None]), offset, bias)
         made = operators()
         self._operators = {torch.float32: made.linear_w8a8_f32, torch.bfloat16: made.linear_w8a8_bf16}
 

@@ -3,11 +3,8 @@
 #pragma once
 #include <algorithm>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "simd.h"
+#include "team.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define DOT_PRODUCTS 1
@@ -18,14 +15,6 @@ constexpr int WIDE = 2;   // blocks of 16 channels that a tile spans
 constexpr int TALL = 12;  // rows of a tile: 24 sums, 2 weights and an activation fit the 32 registers
 constexpr int CHANNELS = 16;
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications; below, waking the other threads costs more
-
-#if defined(_OPENMP)
-inline int team() { return omp_get_num_threads(); }
-inline int member() { return omp_get_thread_num(); }
-#else
-inline int team() { return 1; }
-inline int member() { return 0; }
-#endif
 
 INLINE __m512i dot(__m512i sum, __m512i weights, const uint8_t* x) {  // 4 unsigned bytes with 4 signed ones, a lane
     return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(load<int32_t>(x)), weights);
@@ -128,24 +117,25 @@ struct Output {
     }
 };
 
-// All rows against all blocks. Spans of two blocks go round the threads, and parts of the rows where spans are too few
-// to do so evenly. `apart` is how many blocks lie between the two of a span: 1, or half of them where the first half
-// of the channels belongs with the other. finish(row, block, sums of it, sums of the block `apart` from it); where
-// their number is odd, the last block comes twice.
+// A thread's part of all rows against all blocks. Spans of two blocks go round the threads, and parts of the rows where
+// spans are too few to do so evenly. `apart` is how many blocks lie between the two of a span: 1, or half of them where
+// the first half of the channels belongs with the other. finish(row, block, sums of it, sums of the block `apart` from
+// it); where their number is odd, the last block comes twice.
 template <class Sum, class X, class Finish>
 INLINE void multiply(const X* x, int64_t stride, int64_t rows, const uint8_t* weights, int64_t blocks, int64_t apart,
-                     int64_t steps, int threads, int thread, Finish finish) {
+                     int64_t steps, Team team, Finish finish) {
     const int64_t spans = apart == 1 ? (blocks + 1) / 2 : apart, most = (rows + TALL - 1) / TALL;
+    const int64_t threads = team.threads;
     int64_t parts = 1;
     while (parts < most && (spans * parts + threads - 1) / threads * threads * 8 > spans * parts * 9) ++parts;
     const auto block = [&](int64_t span, int second) {
         const int64_t at = apart == 1 ? span * 2 + second : span + second * apart;
         return weights + std::min(at, blocks - 1) * steps * 64;
     };
-    const int64_t items = spans * parts, last = items * (thread + 1) / threads;
-    for (int64_t item = items * thread / threads; item < last; ++item) {
+    const Range items = team.share(spans * parts);
+    for (int64_t item = items.begin; item < items.end; ++item) {
         const int64_t span = item / parts, part = item % parts, next = (item + 1) / parts;
-        const bool fetch = item + 1 < last && next != span;
+        const bool fetch = item + 1 < items.end && next != span;
         const int64_t at = apart == 1 ? span * 2 : span;
         pair<Sum>(x, stride, rows * part / parts, rows * (part + 1) / parts, block(span, 0), block(span, 1),
                   fetch ? block(next, 0) : nullptr, fetch ? block(next, 1) : nullptr, steps,

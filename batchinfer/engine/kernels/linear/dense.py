@@ -23,6 +23,8 @@ class Linear:
     # product; None where that takes a pass of its own.
     gated: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    product: Callable[..., Tensor] | None = None  # who computes it, if not torch
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
@@ -42,15 +44,15 @@ class BlockedLinear(Linear):
         from batchinfer.engine.kernels.cpu.linear import BFloat16Product
 
         super().__init__(None, bias)  # kept once, in the layout of the product
-        self._product = BFloat16Product(weight, bias)
+        self.product = BFloat16Product(weight, bias)
         if gates(weight):
-            self.gated = self._product.gated
+            self.gated = self.product.gated
 
     def rows(self, channels: Tensor) -> Tensor:
-        return self._product.rows(channels)
+        return self.product.rows(channels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x)
+        return self.product(x)
 
 
 class PackedLinear(Linear):

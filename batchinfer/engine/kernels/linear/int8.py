@@ -39,24 +39,23 @@ class W8A8Linear(Linear):
     def __init__(self, w8a8: Tensor, scale: Tensor, bias: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(w8a8, bias)
         self.scale = scale
-        self._product = None
         if fast and w8a8.device.type == "cpu":
             from batchinfer.engine.kernels.cpu import linear as cpu
 
             if cpu.operators() is not None:
-                self._product = cpu.W8A8Product(w8a8, scale, bias)
+                self.product = cpu.W8A8Product(w8a8, scale, bias)
                 self.weight = None  # kept once, in the layout of the product
                 if gates(w8a8):
-                    self.gated = self._product.gated
+                    self.gated = self.product.gated
 
     def __call__(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """
         Args:
             x: ``dtype[T, K]``; with ``x_scale`` float32 ``[T, 1]`` int8, and the result is bfloat16.
         """
-        if self._product is not None:
+        if self.product is not None:
             x = x if x_scale is None else (x.float() * x_scale).bfloat16()
-            return self._product(x)
+            return self.product(x)
         dtype = x.dtype if x_scale is None else torch.bfloat16
         if x_scale is None:
             x, x_scale = quantize_int8(x)
