@@ -1,7 +1,16 @@
 // Attention of the tokens of a step.
 #include "attention.h"
 
+namespace attending {
+
+ATTENDING(, bf16, bf16)
+ATTENDING(, bf16, int8_t)
+
+}  // namespace attending
+
 namespace {
+
+using namespace attending;
 
 template <class T, class Kept>
 void attend(const Attention<T, Kept>& attention, int threads) {

@@ -13,7 +13,7 @@
 #include "team.h"
 #include "tile.h"
 
-namespace {
+namespace attending {
 
 constexpr int ITEM_ROWS = 64;  // enough to amortise reading a block from the L2 cache
 
@@ -279,4 +279,11 @@ void Attention<T, Kept>::work_off(const Dealt& dealt, float* partials, std::atom
     }
 }
 
-}  // namespace
+// Made once, in attention.cpp, for all who attend.
+#define ATTENDING(EXTERN, T, Kept)                                     \
+    EXTERN template Dealt Attention<T, Kept>::deal(int threads) const; \
+    EXTERN template void Attention<T, Kept>::work_off(const Dealt&, float*, std::atomic<size_t>&) const;
+ATTENDING(extern, bf16, bf16)
+ATTENDING(extern, bf16, int8_t)
+
+}  // namespace attending

@@ -8,6 +8,8 @@
 #if defined(DOT_PRODUCTS)
 namespace {
 
+using namespace attending;
+
 struct Layer {  // as in the Python class of that name, as are those below
     const float *attn_norm, *q_norm, *k_norm, *mlp_norm;
     Matrix qkv, o, gate_up, down;

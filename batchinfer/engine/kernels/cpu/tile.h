@@ -7,7 +7,7 @@
 
 #include "amx.h"
 
-namespace {
+namespace attending {
 
 constexpr int BLOCK = 256;
 constexpr int VECTOR_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of a tile that accumulate in vector registers
@@ -103,7 +103,7 @@ INLINE void store_16(uint32_t* to, int i, vf x) {
 
 // Over the row's largest; where something is not finite, 1 is worth NaN.
 template <>
-float pack<Whole>(const bf16* row, int dim, uint32_t* to) {
+inline float pack<Whole>(const bf16* row, int dim, uint32_t* to) {
     alignas(64) float x[MAX_DIM + VL] = {};
     float most = 0, finite = 0;
     for (int i = 0; i < dim; ++i) {
@@ -362,4 +362,4 @@ struct Tile {  // scratch of one tile of rows
 #endif
 };
 
-}  // namespace
+}  // namespace attending
