@@ -28,7 +28,7 @@ class Kernels:
     # Of a tensor into e4m3 and a scale a row. None: norm and activation do not quantise in passing either, linears see
     # to it themselves.
     quantize: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    # What makes one call of layers, see ``cpu.layers``; it may give None as well.
+    # Of layers that make one call, see ``cpu.layers``; gives None for those that it cannot take.
     fuse: Callable[..., Callable[..., Tensor] | None] | None = None
 
 

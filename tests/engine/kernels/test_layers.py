@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -37,7 +38,8 @@ def random_layer(rng: np.random.Generator, forms: list[str], hidden: int, heads:
             group[f"{name}.bias"] = torch.randn(outputs).bfloat16()
     vectors = {"attn_norm.weight": hidden, "mlp_norm.weight": hidden}
     vectors |= {"q_norm.weight": dim, "k_norm.weight": dim} if normed else {}
-    return Layer.from_weights(group | {name: torch.rand(width) + 0.5 for name, width in vectors.items()})
+    group |= {name: torch.rand(width) + 0.5 for name, width in vectors.items()}
+    return Layer.from_weights(group, dict.fromkeys(shapes, "own"))
 
 
 def one_after_another(kernels, attention, layers, residual, cos_sin, batch, caches):
@@ -98,10 +100,7 @@ def test_what_is_not_all_our_own_is_not_fused():
     attention = kernels.attention(2, 1, 16, 16, None, torch.bfloat16, CPU)
     rng = np.random.default_rng(0)
     layer = random_layer(rng, ["bf16"], 32, 32, 64, 16, 16)
-    other = Layer(
-        **{name: getattr(layer, name) for name in Layer.__slots__}
-        | {"o": load_linear({"o.weight": torch.randn(32, 32)}, "o")}
-    )
+    other = dataclasses.replace(layer, o=load_linear({"o.weight": torch.randn(32, 32)}, "o"))
     assert kernels.fuse([layer], attention, 8, EPS) is not None
     assert kernels.fuse([layer, other], attention, 8, EPS) is None
     assert kernels.fuse([], attention, 8, EPS) is None
