@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
@@ -188,7 +187,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Begin with an empty page pool and nothing to do."""
-        self._under_way: deque[tuple[StepBatch, Tokens]] = deque()  # launched, oldest first
+        self._under_way: list[tuple[StepBatch, Tokens]] = []  # launched, oldest first
         self.pages = PagePool(self.stage.num_pages)
         self.scheduler = Scheduler(
             self.plan.profiles,
@@ -198,6 +197,7 @@ class Engine:
             self.prefix_sharing,
             micro_batches=self.stage.depth - self.stage.ahead,
             ahead=self.stage.ahead,
+            prefill_steps=self.stage.prefill_depth,
         )
 
     # -- intake ---------------------------------------------------------------------------------------------------
@@ -262,9 +262,10 @@ class Engine:
         scheduled = time.perf_counter()
         if launched is not None:
             self._under_way.append((launched, self.stage.launch(launched)))
-        if not self._under_way or (launched is not None and len(self._under_way) < self.stage.depth):
+        most = self.stage.depth + self.stage.prefill_depth
+        if not self._under_way or (launched is not None and len(self._under_way) < most):
             return []
-        step, tokens = self._under_way.popleft()
+        step, tokens = self._under_way.pop(self.stage.next_done([tokens for _, tokens in self._under_way]))
         token_ids = tokens()
         computed = time.perf_counter()
         ended = map(self._collect, self.scheduler.complete(step, token_ids))

@@ -92,8 +92,8 @@ class World:
         return (hop for layout in self.layouts for hop in layout.hops())
 
     def feedback(self) -> list[tuple[int, int]]:
-        """Of two layouts, the tokens that one begins with are the other's: they go through the engine."""
-        return list(self.layouts[0].feedback()) if len(self.layouts) == 1 else []
+        """Of the ranks that decode; what follows a prompt goes through the engine."""
+        return list(self.layouts[-1].feedback())
 
     def pieces(self, model: DecoderSpec) -> list[Piece]:
         """What goes from the first layout's ranks to the last's, each head of each layer once, however both are cut."""

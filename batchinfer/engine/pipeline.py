@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.stage import Tokens
 from batchinfer.engine.trace import Trace
-from batchinfer.engine.transfer import PIECE_BYTES, pages_of, split
+from batchinfer.engine.transfer import PIECE_BYTES, pages_of
 from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
@@ -48,7 +49,8 @@ class Pipeline:
     Steps are launched one after the other and pass through the stages in that order, so that each stage works on
     another one; their tokens are taken in the same order. The last stage tells the first directly which they are, so
     that a step more may be launched before the engine knows. With ranks that compute prompts apart from those that
-    decode, each step goes to both, in parts. A rank that dies or is silent for too long ends them all.
+    decode, a step goes to either, and each kind ends in its own order. A rank that dies or is silent for too long ends
+    them all.
     """
 
     def __init__(
@@ -85,19 +87,20 @@ class Pipeline:
             partition = deal(layers, pp, costs or Costs(1, 0, 0))
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
         self.world = World((layout,))
-        self.ahead = 0 if prefill else AHEAD
-        self.depth = (micro_batches or pp) + self.ahead
+        self.ahead = AHEAD
+        self.depth = (micro_batches or pp) + AHEAD
+        self.prefill_depth = 0
         if prefill:
             before = Layout(prefill[0], deal(layers, prefill[1], costs or Costs(1, 0, 0)), 0, "prefill")
             self.world = World((before, layout))
-            self.depth = micro_batches or max(pp, prefill[1]) + 1
+            self.prefill_depth = prefill[1] + 1
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.occupancy = Occupancy(self.world.size, self.depth * len(self.world.layouts))
+        self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_depth)
         self.trace = trace
         self._launched = 0
-        self._tokens: dict[int, np.ndarray] = {}  # by the number of the launch, not asked for yet
+        self._tokens: dict[Layout, dict[int, np.ndarray]] = {}  # by the number of the launch, not asked for yet
         try:
             self._start(plan, kv_cache_gib, threads)
         except BaseException:
@@ -159,7 +162,7 @@ class Pipeline:
         gathered = limits.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
         page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
         tokens = limits.batch_size * np.dtype(np.int32).itemsize
-        return Sizes(self.depth + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
+        return Sizes(self.depth + self.prefill_depth + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
 
     def _share_memory(self, plan: EnginePlan, sizes: Sizes) -> int:
         """A file without a name, for an arena; only what is touched takes memory. It goes with its last process."""
@@ -187,17 +190,22 @@ class Pipeline:
         Raises:
             EngineError: a rank died; asking for tokens, also that one hangs.
         """
+        decodes = len(self.world.layouts) == 1 or step.extends.all()
+        layout = self.layout if decodes else self.world.layouts[0]
+        number = self._send(layout, step)
+        if not decodes:
+            self._tell(self.layout, encode("pages", number=number, pages=pages_of(step, self.page_size)))
+        return _Awaited(self, layout, number)
+
+    def next_done(self, launched: Sequence[Tokens]) -> int:
+        """Which of the steps under way, oldest first, to ask for its tokens: prompts are long, others go on."""
         if len(self.world.layouts) == 1:
-            return functools.partial(self._take, self._send(self.layout, step))
-        parts = []
-        for layout, chosen in zip(self.world.layouts, (~step.extends, step.extends), strict=True):
-            if (part := split(step, chosen)) is not None:
-                place = np.repeat(chosen, np.diff(step.query_starts))[step.sampled]
-                parts.append((self._send(layout, part), place))
-        if not step.extends.all():
-            written = pages_of(split(step, ~step.extends), self.page_size)
-            self._tell(self.layout, encode("pages", pages=written))
-        return functools.partial(self._take_parts, parts, len(step.sampled))
+            return 0
+        while True:
+            for place, awaited in enumerate(launched):
+                if awaited.number in self._tokens.get(awaited.layout, {}):
+                    return place
+            self._listen(DEADLINE)
 
     def _send(self, layout: Layout, step: StepBatch) -> int:
         """The number by which its tokens are to be asked for."""
@@ -218,19 +226,19 @@ class Pipeline:
             self.close()
             raise
 
-    def _take_parts(self, parts: list[tuple[int, np.ndarray]], samples: int) -> np.ndarray:
-        tokens = np.empty(samples, np.int32)
-        for number, place in parts:
-            tokens[place] = self._take(number)
+    def take(self, layout: Layout, number: int) -> np.ndarray:
+        """The tokens of a step that was sent to a layout's ranks; none before it are asked for any more."""
+        while number not in self._tokens.get(layout, {}):
+            self._listen(DEADLINE)
+        tokens = self._tokens[layout][number]
+        self._tokens[layout] = {later: each for later, each in self._tokens[layout].items() if later > number}
+        if layout is not self.layout:
+            self._tell(self.layout, encode("take", number=number))
         return tokens
 
-    def _take(self, number: int) -> np.ndarray:
-        while number not in self._tokens:
-            for rank, message in self._hear(DEADLINE):
-                self._note(rank, message)
-        tokens = self._tokens[number]
-        self._tokens = {later: tokens for later, tokens in self._tokens.items() if later > number}
-        return tokens
+    def _listen(self, patience: float) -> None:
+        for rank, message in self._hear(patience):
+            self._note(rank, message)
 
     def _note(self, rank: _Rank, message: Message) -> None:
         told = message.fields
@@ -244,7 +252,7 @@ class Pipeline:
             name, about = f"step {told['step']}", {"tokens": told["count"], "samples": told["samples"]}
             self.trace.add(rank.number, name, told["begun"], told["ended"], **about)
         if "tokens" in told:
-            self._tokens[told["step"]] = told["tokens"]
+            self._tokens.setdefault(self.world.layout(rank.number), {})[told["step"]] = told["tokens"]
             self.occupancy.returned(time.perf_counter())
 
     def _hear(self, patience: float) -> list[tuple[_Rank, Message]]:
@@ -297,6 +305,18 @@ class Pipeline:
         if self._arena is not None:
             os.close(self._arena)
             self._arena = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """The tokens of a step under way."""
+
+    pipeline: Pipeline
+    layout: Layout
+    number: int
+
+    def __call__(self) -> np.ndarray:
+        return self.pipeline.take(self.layout, self.number)
 
 
 class _Rank:

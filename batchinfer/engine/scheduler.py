@@ -86,6 +86,10 @@ class Scheduler:
     ``micro_batches`` under way in a pipeline, a step takes its share of the decoding rows, whichever are ready, and of
     the prefill that is to be done: so that every stage sees even steps, however unevenly rows end.
 
+    Where other ranks compute prompts than those that decode, a step is either's: up to ``prefill_steps`` of prompts are
+    under way beside the others, and each kind is completed in its own order. A row decodes once the steps of its prompt
+    are complete, since its pages have to be where it decodes.
+
     A row may also go on while up to ``ahead`` of its tokens are awaited, where the device knows them. If such a token
     turns out to have ended its sequence, what was composed since is computed for nothing. It does no harm, because
     steps run in order: whoever gets the sequence's pages writes to them later. Rows with a repetition penalty never go
@@ -101,6 +105,7 @@ class Scheduler:
         share_prefixes: bool,
         micro_batches: int = 1,
         ahead: int = 0,
+        prefill_steps: int = 0,
     ) -> None:
         self.profiles = in_order(profiles)
         most = limits(self.profiles)
@@ -110,6 +115,7 @@ class Scheduler:
         self.share_prefixes = share_prefixes
         self.micro_batches = micro_batches
         self.ahead = ahead
+        self.prefill_steps = prefill_steps
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
         self._added = 0
@@ -128,7 +134,9 @@ class Scheduler:
         self._awaited = np.zeros(rows, np.int32)  # tokens beyond those known, of steps not yet complete
         self._tenancy = np.zeros(rows, np.int64)  # sequences that have left the row
         self._latest = np.zeros(rows, np.int64)  # the last step that the row is in
-        self._steps = 0  # composed
+        self._steps = 0  # composed, those of prompts alone not counted
+        self._prefilling = np.zeros(rows, np.int32)  # steps of prompts alone that are under way and have the row
+        self._kinds_under_way = [0, 0]  # steps that decode, steps of prompts alone
         self._ignore_eos = np.zeros(rows, bool)
         self._asks_stop = np.zeros(rows, bool)
         self._sampling = {
@@ -166,25 +174,48 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """Compose the next step and reserve its pages; None when nothing can run before ``complete``."""
+        if not self.prefill_steps:
+            return self._compose(decode=True, prefill=True)
+        step = None
+        if self._kinds_under_way[0] < self.micro_batches + self.ahead:
+            step = self._compose(decode=True, prefill=False)
+        if step is None and self._kinds_under_way[1] < self.prefill_steps:
+            step = self._compose(decode=False, prefill=True)
+            if step is not None:
+                self._prefilling[step.rows] += 1
+        if step is not None:
+            self._kinds_under_way[self._of_prompts(step)] += 1
+        return step
+
+    def _compose(self, decode: bool, prefill: bool) -> StepBatch | None:
         preemptions = self.preemptions
         most_decoding, most_tokens = self._fair_share()
-        going_on = self._continue_running(most_decoding, most_tokens)
+        going_on = self._continue_running(most_decoding if decode else 0, most_tokens, prefill)
         if going_on is None:
             return None
         rows, chunks = going_on
         planned = int(chunks.sum())
         # Whoever had to leave must not come back at once, only to be in the way again.
-        admitted, their_chunks = self._admit(planned, most_tokens if self.preemptions == preemptions else 0)
+        admits = prefill and self.preemptions == preemptions
+        admitted, their_chunks = self._admit(planned, most_tokens if admits else 0)
         if admitted:
             rows = np.concatenate([rows, np.array(admitted, np.int64)])
             chunks = np.concatenate([chunks, np.array(their_chunks, np.int32)])
-        return self._batch(rows, chunks) if len(rows) else None
+        return self._batch(rows, chunks, decode) if len(rows) else None
+
+    def _of_prompts(self, step: StepBatch) -> bool:
+        """Whether it is one of prompts alone, where those are computed apart."""
+        return bool(self.prefill_steps) and not step.extends.all()
 
     def complete(self, batch: StepBatch, token_ids: np.ndarray) -> list[Sequence]:
         """Take in the tokens ``int32 [samples]`` sampled for a step; return the sequences that ended with it.
 
         A negative token id means that the row's logits were not finite; such a sequence ends with reason ``error``.
         """
+        if self.prefill_steps:
+            of_prompts = self._of_prompts(batch)
+            self._kinds_under_way[of_prompts] -= 1
+            self._prefilling[batch.rows] -= of_prompts
         still_there = self._tenancy[batch.sampled_rows] == batch.tenancies
         rows, token_ids = batch.sampled_rows[still_there], token_ids[still_there]
         self._awaited[rows] -= 1
@@ -210,6 +241,8 @@ class Scheduler:
         for row in self._running.tolist():
             self._vacate(row)
         self._running = self._running[:0]
+        self._prefilling[:] = 0
+        self._kinds_under_way = [0, 0]
 
     # -- running rows ---------------------------------------------------------------------------------------------
 
@@ -220,12 +253,13 @@ class Scheduler:
         is less than what decodes, it may be as much, since such a step is not much longer than its neighbours.
         """
         step_tokens = self.profile.step_tokens
-        if self.micro_batches == 1:
+        if self.micro_batches == 1 and not self.prefill_steps:
             return len(self._running), step_tokens
         todo = self._length[self._running] - self._computed[self._running]
         decoding = -(-np.count_nonzero(todo <= 1) // self.micro_batches)
         prefill = int(todo[todo > 1].sum()) + self._admissible()
-        prefill = max(-(-prefill // _PREFILL_STEPS), decoding, _LEAST_PREFILL)
+        least = step_tokens // 16 if self.prefill_steps else max(decoding, _LEAST_PREFILL)
+        prefill = max(-(-prefill // _PREFILL_STEPS), least)
         return max(1, decoding), min(decoding + prefill, step_tokens)
 
     def _admissible(self) -> int:
@@ -240,7 +274,9 @@ class Scheduler:
             tokens += length
         return tokens
 
-    def _continue_running(self, most_decoding: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def _continue_running(
+        self, most_decoding: int, most_tokens: int, prefill: bool
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Rows that go on and the tokens each gets; their pages are taken, by preemption if it must be.
 
         None when pages are short and all who could give up theirs await a token.
@@ -248,10 +284,13 @@ class Scheduler:
         while True:
             rows = self._running[self._may_go_on(self._running)]
             todo = self._length[rows] + self._awaited[rows] - self._computed[rows]
-            decode_first = np.argsort(todo > 1, kind="stable")
-            rows, todo = rows[decode_first], todo[decode_first]
-            taken = todo > 1
-            longest_out = np.argsort(self._latest[rows[~taken]], kind="stable")
+            decodes = todo <= 1
+            if self.prefill_steps:
+                decodes &= self._computed[rows] >= self._prompt_len[rows]
+            decode_first = np.argsort(~decodes, kind="stable")
+            rows, todo, decodes = rows[decode_first], todo[decode_first], decodes[decode_first]
+            taken = ~decodes & prefill
+            longest_out = np.argsort(self._latest[rows[decodes]], kind="stable")
             taken[longest_out[:most_decoding]] = True  # those that decode are in front
             rows, todo = rows[taken], todo[taken]
             before = np.cumsum(todo) - todo
@@ -260,7 +299,7 @@ class Scheduler:
             need = self._pages_for(self._computed[rows] + chunks) - self._held[rows]
             if need.sum() <= self.pages.available:
                 break
-            ready = self._running[self._awaited[self._running] == 0]
+            ready = self._running[(self._awaited[self._running] == 0) & (self._prefilling[self._running] == 0)]
             if not len(ready):
                 return None
             self._preempt(int(ready[-1]))
@@ -273,7 +312,12 @@ class Scheduler:
         goes_ahead = (awaited <= self.ahead) & (self._sampling["repetition_penalty"][rows] == 1)
         # Not with a token that is so far away that the first stage would wait for it.
         goes_ahead &= self._steps - self._latest[rows] >= self.micro_batches
-        return (awaited == 0) | (goes_ahead & (self._length[rows] + awaited < self._limit[rows]))
+        may = (awaited == 0) | (goes_ahead & (self._length[rows] + awaited < self._limit[rows]))
+        return may & self._is_at_home(rows)
+
+    def _is_at_home(self, rows: np.ndarray) -> np.ndarray:
+        """Whether rows can go on where they are: when the steps of a prompt are complete, it moves."""
+        return (self._prefilling[rows] == 0) | (self._computed[rows] < self._length[rows] - 1)
 
     def _preempt(self, row: int) -> None:
         sequence = self._sequences[row]
@@ -409,7 +453,7 @@ class Scheduler:
     def _pages_for(self, tokens):
         return -(-tokens // self.page_size)
 
-    def _batch(self, rows: np.ndarray, chunks: np.ndarray) -> StepBatch:
+    def _batch(self, rows: np.ndarray, chunks: np.ndarray, counts: bool) -> StepBatch:
         ends = np.cumsum(chunks)
         context = self._computed[rows]
         owners = np.repeat(rows, chunks)
@@ -420,7 +464,7 @@ class Scheduler:
         sampling = self._sampling_batch(sampled_rows)
         self._awaited[sampled_rows] += 1
         self._latest[rows] = self._steps
-        self._steps += 1
+        self._steps += counts
         return StepBatch(
             token_ids=np.where(positions < self._length[owners], self._tokens[owners, positions], np.int32(-1)),
             positions=positions.astype(np.int32),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class Stage:
         """
         self.depth = 1  # steps that may be launched before the first is taken
         self.ahead = 0  # of those, how many may go on with tokens that nobody but the device knows yet
+        self.prefill_depth = 0  # and steps of prompts alone, for other ranks
         self.shard = shard or Shard(plan.spec, range(plan.spec.num_layers))
         self.peers = peers
         spec, limits = self.shard.spec, plan.limits
@@ -123,6 +124,10 @@ class Stage:
             self._gpu_steps.learn(rows, tokens)
         else:
             self._last[torch.from_numpy(rows)] = tokens
+
+    def next_done(self, launched: Sequence[Tokens]) -> int:
+        """Which of the steps under way, oldest first, to ask for its tokens: they end in order."""
+        return 0
 
     def details(self) -> dict[str, Any]:
         """Nothing beyond what every engine tells."""

@@ -1,56 +1,26 @@
 """KV transfer: prompts are computed by some ranks and decoded by others, and their pages follow.
 
-Pages have one number everywhere, so that nothing but their content is moved. A step is split in two: sequences that
-go on from a token of their own decode; all others are prompts, or are computed again. The pages that the second part
-writes to are sent as soon as it is computed, while the next step is. The decoding ranks take them in between this step
-and the next, which is the first that may read them.
+Pages have one number everywhere, so that nothing but their content is moved. Sequences that go on from a token of their
+own decode; all others are prompts, or are computed again, in steps of their own. The pages that such a step writes to
+are sent as soon as it is computed, while the next one is. The decoding ranks take them in when the engine has the
+step's tokens, before the first step that may read them: until then they decode others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchinfer.engine.comm import Peers
-from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Piece
 from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
 GPU_PIECE_BYTES = 64 << 20  # each layer of it is a kernel's launch, which takes as long as copying megabytes
-
-
-def split(step: StepBatch, chosen: np.ndarray) -> StepBatch | None:
-    """The part of a step that is about the sequences ``chosen`` (bool); None if it is about none of them."""
-    if not chosen.any():
-        return None
-    counts = np.diff(step.query_starts)
-    tokens = np.repeat(chosen, counts)
-    samples = tokens[step.sampled]
-    return StepBatch(
-        token_ids=step.token_ids[tokens],
-        positions=step.positions[tokens],
-        slots=step.slots[tokens],
-        rows=step.rows[chosen],
-        query_starts=np.concatenate([[0], np.cumsum(counts[chosen])]).astype(np.int32),
-        context_lens=step.context_lens[chosen],
-        page_table=step.page_table[chosen],
-        extends=step.extends[chosen],
-        sampled=(np.cumsum(tokens) - 1)[step.sampled[samples]],
-        sampled_rows=step.sampled_rows[samples],
-        tenancies=step.tenancies[samples],
-        sampling=_choose(step.sampling, samples),
-    )
-
-
-def _choose(how: SamplingBatch, samples: np.ndarray) -> SamplingBatch:
-    whole = {"history", "all_greedy"}
-    return replace(how, **{f.name: getattr(how, f.name)[samples] for f in fields(how) if f.name not in whole})
 
 
 def pages_of(step: StepBatch, page_size: int) -> np.ndarray:

@@ -113,7 +113,8 @@ class Worker:
         self.listeners = [to for sampler, to in feedback if sampler == self.rank]
         self.listens = any(to == self.rank for _, to in feedback)
         self.depth = told["depth"]
-        self.owed: deque[tuple[int, np.ndarray]] = deque()  # steps whose tokens are not taken in yet; for which rows
+        self.owed: deque[np.ndarray] = deque()  # the rows of steps whose tokens are not taken in yet
+        self.due: deque[tuple[int, np.ndarray]] = deque()  # steps whose pages are not taken in yet; which pages
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
     def _join(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece], arena: int | None) -> Peers:
@@ -144,16 +145,21 @@ class Worker:
 
     def serve(self) -> None:
         for message in self._messages():
-            if message.kind == "pages":
-                begun, pages = self.clock.now(), message.fields["pages"]
-                take_pages(self.stage, self.peers, self.incoming, pages)
-                self._tell("moved", begun, pages=len(pages))
+            if message.kind == "take":
+                self._take_pages(message.fields["number"])
             else:
                 self._compute(step_of(message.fields), message.fields["number"])
 
+    def _take_pages(self, number: int) -> None:
+        """What the steps up to this one have written; some may be of a run that was left in the middle."""
+        while self.due and self.due[0][0] <= number:
+            begun, pages = self.clock.now(), self.due.popleft()[1]
+            take_pages(self.stage, self.peers, self.incoming, pages)
+            self._tell("moved", begun, pages=len(pages))
+
     def _compute(self, step: StepBatch, number: int) -> None:
         if self.listens:
-            self._learn(step, number)
+            self._learn(step)
         inputs = None if self.stage.shard.first else self.peers.receive(self.before)
         begun = self.clock.now()
         out = self.stage.forward(step, inputs)
@@ -181,14 +187,14 @@ class Worker:
                 self.stage.learn(step.sampled_rows, chosen)
         return to_host(chosen)
 
-    def _learn(self, step: StepBatch, number: int) -> None:
+    def _learn(self, step: StepBatch) -> None:
         """Take in the tokens that a step goes on from, and those that the engine has had, lest they pile up."""
         missing = step.rows[: step.singles][step.token_ids[: step.singles] < 0]
-        until = max((owed for owed, rows in self.owed if np.isin(missing, rows).any()), default=0)
-        while self.owed and self.owed[0][0] <= max(until, number - self.depth):
-            self.stage.learn(self.owed.popleft()[1], self.peers.receive(self.layout.sampler))
+        needed = [place for place, rows in enumerate(self.owed, 1) if np.isin(missing, rows).any()]
+        for _ in range(max(max(needed, default=0), len(self.owed) + 1 - self.depth)):
+            self.stage.learn(self.owed.popleft(), self.peers.receive(self.layout.sampler))
         if len(step.sampled):
-            self.owed.append((number, step.sampled_rows))
+            self.owed.append(step.sampled_rows)
 
     def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, **about: Any) -> None:
         """Tell what was done since ``begun``, as soon as the device has done it."""
@@ -218,7 +224,9 @@ class Worker:
                     return
                 if message.kind == "pages":
                     expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
-                else:
+                    self.due.append((message.fields["number"], message.fields["pages"]))
+                    continue
+                if message.kind == "step":
                     self._expect(len(message.fields["token_ids"]), len(message.fields["sampled"]))
                 known.append(message)
             yield known.popleft()

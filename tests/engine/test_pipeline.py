@@ -131,7 +131,7 @@ def test_a_pipeline_left_in_the_middle_can_be_used_again(alone, pair):
 
 def test_an_interrupted_step_leaves_a_pipeline_that_works(alone, pair, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(pair.stage, "_take", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pair.stage, "take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             said(pair)
     assert said(pair) == said(alone)

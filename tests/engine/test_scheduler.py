@@ -68,19 +68,20 @@ def jobs():
     st.floats(0, 1),  # what the scheduler believes of output lengths at first
     st.integers(1, 4),  # steps under way at once
     st.integers(0, 2),  # and as many more that begin with tokens nobody knows yet
+    st.integers(0, 2),  # steps of prompts under way apart from them, on other ranks
     st.integers(0, 2**31),
 )
 def test_every_sequence_is_served_and_every_page_returned(
-    job, batch, extra, short_ones, pages, share, eos, belief, depth, ahead, seed
+    job, batch, extra, short_ones, pages, share, eos, belief, depth, ahead, apart, seed
 ):
     rng = np.random.default_rng(seed)
     prefixes = rng.integers(2, 9, (3, SEQ_LEN))
     pool = PagePool(pages)
     profiles = [Profile(batch, batch + extra, SEQ_LEN)]
     profiles += [Profile(2 * batch, 2 * batch + extra, SEQ_LEN // 2)] if short_ones else []
-    scheduler = Scheduler(profiles, pool, PAGE, (EOS,), share, depth, ahead)
+    scheduler = Scheduler(profiles, pool, PAGE, (EOS,), share, depth, ahead, apart)
     scheduler._used_share = belief
-    model = FakeModel(pages)
+    model, prompt_model = FakeModel(pages), FakeModel(pages)
     sequences = []
     for i, (length, max_tokens, prefix, ignore_eos) in enumerate(job):
         ids = prefixes[prefix, :length].astype(np.int32)
@@ -91,26 +92,36 @@ def test_every_sequence_is_served_and_every_page_returned(
 
     finished: list[Sequence] = []
     admitted: list[int] = []
-    under_way: deque = deque()
+    under_way: list = []
     for _ in range(10_000):
         if not (scheduler.waiting or scheduler.num_running or under_way):
             break
-        step = scheduler.schedule() if len(under_way) < depth + ahead else None
+        step = scheduler.schedule() if len(under_way) < depth + ahead + apart else None
         if step is None:
             assert under_way, "work is left and nothing runs: starvation"
-            finished += scheduler.complete(*under_way.popleft())
+            kinds = [of_prompts for _, _, of_prompts, _ in under_way]
+            step, tokens, _, written = under_way.pop(kinds.index(rng.choice(list(set(kinds)))))
+            for page, content in written.items():  # it comes to the ranks that decode
+                model.slots[page * PAGE : (page + 1) * PAGE] = content
+            finished += scheduler.complete(step, tokens)
             continue
         profile, limits = scheduler.profile, scheduler._limit[scheduler._running]
         assert 0 < step.num_tokens <= profile.step_tokens
         assert scheduler.num_running <= profile.batch_size and limits.max(initial=0) <= profile.seq_len
-        tokens = model.run(step, eos, rng)
+        of_prompts, written = bool(apart and not step.extends.all()), {}
+        where = prompt_model if of_prompts else model
+        assert not (apart and of_prompts and step.extends.any()), "prompts and others in one step"
+        tokens = where.run(step, eos, rng)
+        if of_prompts:
+            pages_written = set((step.slots // PAGE).tolist())
+            written = {page: where.slots[page * PAGE : (page + 1) * PAGE].copy() for page in pages_written}
         check_pages(scheduler, pool)
-        for row, seen in model.seen.items():
+        for row, seen in where.seen.items():
             known = min(len(seen), scheduler._length[row])
             assert seen[:known].tolist() == scheduler._tokens[row, :known].tolist()
         owners = [scheduler._sequences[row].owner for row in step.rows]
         admitted += [owner for owner in owners if owner not in admitted]
-        under_way.append((step, tokens))
+        under_way.append((step, tokens, of_prompts, written))
     assert sorted(s.owner for s in finished) == list(range(len(job)))
     assert admitted == sorted(admitted, key=turns.get), "a sequence ran before its turn"
     assert pool.held == 0 and not pool.references.any()
