@@ -53,7 +53,7 @@ class StepBatch:
     query_starts: np.ndarray  # int32 [sequences + 1]
     context_lens: np.ndarray  # int32 [sequences]
     page_table: np.ndarray  # int32 [sequences, pages]
-    extends: np.ndarray  # bool [sequences] it goes on from a token of its own: all before it was computed
+    extends: np.ndarray  # bool [sequences] it goes on from a token of its own, where it decodes
     sampled: np.ndarray  # int64 [samples] the tokens, by place in this step, whose logits are wanted
     sampled_rows: np.ndarray  # int64 [samples]
     tenancies: np.ndarray  # int64 [samples] which of the sequences that had the row after each other
@@ -453,7 +453,7 @@ class Scheduler:
     def _pages_for(self, tokens):
         return -(-tokens // self.page_size)
 
-    def _batch(self, rows: np.ndarray, chunks: np.ndarray, counts: bool) -> StepBatch:
+    def _batch(self, rows: np.ndarray, chunks: np.ndarray, decode: bool) -> StepBatch:
         ends = np.cumsum(chunks)
         context = self._computed[rows]
         owners = np.repeat(rows, chunks)
@@ -464,7 +464,7 @@ class Scheduler:
         sampling = self._sampling_batch(sampled_rows)
         self._awaited[sampled_rows] += 1
         self._latest[rows] = self._steps
-        self._steps += counts
+        self._steps += decode
         return StepBatch(
             token_ids=np.where(positions < self._length[owners], self._tokens[owners, positions], np.int32(-1)),
             positions=positions.astype(np.int32),
@@ -473,7 +473,7 @@ class Scheduler:
             query_starts=np.concatenate([[0], ends]).astype(np.int32),
             context_lens=context,
             page_table=self._page_table[rows, : self._held[rows].max()],
-            extends=samples & (chunks == 1) & (context > self._prompt_len[rows]),
+            extends=samples & (chunks == 1) & (context > self._prompt_len[rows]) & decode,
             sampled=ends[samples] - 1,
             sampled_rows=sampled_rows,
             tenancies=self._tenancy[sampled_rows],
