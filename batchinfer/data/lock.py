@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from batchinfer.errors import LockedError, OutputError
+from batchinfer.flock import held_by_another
 from batchinfer.shard import Shard
 
 if TYPE_CHECKING:
@@ -61,13 +61,8 @@ class FileLock:
 
     @staticmethod
     def is_held(path: Path) -> bool:
-        try:
-            with open(path) as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), open(path) as stream:
+            return held_by_another(stream, shared=True)
         return False
 
     def _take(self, output: Path) -> TextIO:
@@ -77,13 +72,9 @@ class FileLock:
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror}") from None
         for seconds in GLANCE:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return stream
-            except BlockingIOError:
-                time.sleep(seconds)
-            except OSError:
-                return stream  # a file system without locks: the commits' put-if-absent has to do
+            if not held_by_another(stream):
+                return stream  # or its file system knows no locks: the commits' put-if-absent has to do
+            time.sleep(seconds)
         with stream:
             stream.seek(0)
             raise LockedError(f"{output} is being written by another run{who(stream.read())}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.quality import Quality
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError, StalePlanError
+from batchinfer.flock import held_by_another
 
 KV_MAX_LOSS = 0.01  # of perplexity that a build accepts of keys and values in 8 bits alone, unless told otherwise
 _CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
@@ -202,23 +202,12 @@ def _alone_with(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with that folder. Where a file system knows no locks, nobody waits."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        while _is_held(descriptor):
+        while held_by_another(descriptor):
             pulse.beat()
             time.sleep(0.2)
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_held(descriptor: int) -> bool:
-    """Whether another holds the lock; else it is taken."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:
