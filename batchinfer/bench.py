@@ -18,6 +18,7 @@ from batchinfer.request import Request, SamplingParams
 if TYPE_CHECKING:
     from batchinfer.engine.engine import Engine
 
+_SECONDS = 0.1  # for the best of each rate
 VOCABULARY = 32_000  # ids are drawn below this: lengths matter, the tokens do not
 
 
@@ -109,6 +110,8 @@ def floor_seconds(opened: Engine, jobs: list[Request]) -> float:
     """Seconds that the hardware needs for ``jobs``, by rates measured now with the engine's own weights."""
     import torch
 
+    from batchinfer.engine.clock import best_seconds
+
     decoder, spec = opened.stage.decoder, opened.plan.spec
     layer, device, dtype = decoder.layers[0], opened.stage.device, opened.plan.torch_dtype
     widths = [spec.hidden_size, spec.num_heads * spec.head_dim, spec.hidden_size, spec.intermediate_size]
@@ -118,35 +121,18 @@ def floor_seconds(opened: Engine, jobs: list[Request]) -> float:
         best = float("inf")
         for rows in (64, 128, 256, 512):
             x = torch.randn(rows, width, device=device).to(dtype)
-            best = min(best, _best_seconds(lambda x=x: linear(x), device) / rows)
+            best = min(best, best_seconds(lambda x=x: linear(x), device, _SECONDS) / rows)
         return best
 
     body = spec.num_layers * sum(seconds_a_row(linear, width) for linear, width in products)
     head = seconds_a_row(decoder.head, spec.hidden_size)
     source = torch.empty(2**28 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device).fill_(1)
-    read_bytes_a_second = source.numel() / _best_seconds(lambda: source.view(torch.int64).sum(), device)
+    read_bytes_a_second = source.numel() / best_seconds(lambda: source.view(torch.int64).sum(), device, _SECONDS)
     computed = sum(len(job.prompt_token_ids) + job.sampling.max_tokens - 1 for job in jobs)
     sampled = sum(job.sampling.max_tokens for job in jobs)
     keys = sum(job.sampling.max_tokens * (len(job.prompt_token_ids) + job.sampling.max_tokens / 2) for job in jobs)
     kv_bytes = keys * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     return computed * body + sampled * head + kv_bytes / read_bytes_a_second
-
-
-def _best_seconds(work: Any, device: Any, budget: float = 0.1) -> float:
-    import torch
-
-    def once() -> float:
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-
-    once()
-    best, until = float("inf"), time.perf_counter() + budget
-    while time.perf_counter() < until:
-        best = min(best, once())
-    return best
 
 
 def peak_rss_mb() -> float:

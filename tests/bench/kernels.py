@@ -7,12 +7,12 @@ Times are the best of many repeats, in wall-clock time. Reads are compared with 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import select
 from tests.engine.kernels.batches import Sequences, rope_table, sampling_batch
 
@@ -21,13 +21,7 @@ HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 9, 3, 64, 576, 
 
 def best(work: Callable[[], object], repeats: int = 15) -> float:
     """Seconds of the fastest of ``repeats`` calls, after one that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return best_seconds(work, torch.device("cpu"), 0.0, repeats)
 
 
 class Limits:
