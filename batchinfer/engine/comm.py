@@ -229,10 +229,9 @@ class DistributedPeers:
                 self._team = group if rank in team else self._team
         # NCCL keeps the order of what two ranks send each other in one group: tokens would wait for hops and they for
         # tokens.
-        self._feedback = dict.fromkeys(world.feedback())
-        if self._feedback:
-            group = dist.new_group(sorted({r for pair in self._feedback for r in pair}), timeout=patience)
-            self._feedback = dict.fromkeys(self._feedback, group)
+        pairs = world.feedback()
+        group = dist.new_group(sorted({r for pair in pairs for r in pair}), timeout=patience) if pairs else None
+        self._feedback = dict.fromkeys(pairs, group)
         self.sent = 0
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         self._expected: dict[int, deque[Callable[[], tuple[dist.Work, Tensor]]]] = defaultdict(deque)
@@ -261,10 +260,9 @@ class DistributedPeers:
         self._sending.append((dist.isend(x, to, self._feedback.get((dist.get_rank(), to))), x))
 
     def expect(self, sender: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        begin = functools.partial(self._begin, sender, shape, dtype)
+        begin = functools.cache(functools.partial(self._begin, sender, shape, dtype))
         if self._device.type != "cuda":
-            begun = begin()
-            begin = lambda: begun  # noqa: E731
+            begin()
         # On a GPU what waits for a sender keeps all that waits for the whole GPU, as a kernel's first launch may, from
         # going on, and the sender may be waiting for that. Begun in its turn it is still ahead of the computation.
         self._expected[sender].append(begin)

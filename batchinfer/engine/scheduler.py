@@ -64,6 +64,11 @@ class StepBatch:
         return len(self.token_ids)
 
     @property
+    def unknown(self) -> np.ndarray:
+        """Places of the tokens that are not known here, which are those of the sequences in the same places."""
+        return np.flatnonzero(self.token_ids[: self.singles] < 0)
+
+    @property
     def singles(self) -> int:
         """So many sequences, at the front, have one token in this step."""
         more = np.diff(self.query_starts) != 1

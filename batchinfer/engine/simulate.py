@@ -66,8 +66,7 @@ def simulate(
         while len(under_way) < micro_batches + ahead and (step := scheduler.schedule()) is not None:
             now += engine_seconds
             steps += 1
-            begins_with = step.rows[: step.singles][step.token_ids[: step.singles] < 0]
-            arrives, costs = max(now, known[begins_with].max(initial=0)), stage_seconds(step)
+            arrives, costs = max(now, known[step.rows[step.unknown]].max(initial=0)), stage_seconds(step)
             free = free or [0.0] * len(costs)
             for stage, cost in enumerate(costs):
                 free[stage] = max(free[stage], arrives) + cost

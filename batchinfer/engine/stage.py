@@ -162,12 +162,10 @@ class Stage:
 
     def _filled_in(self, step: StepBatch) -> np.ndarray:
         """A step's tokens, those among them that the host did not know."""
-        unknown = step.token_ids < 0
-        if not unknown.any():
-            return step.token_ids
-        owners = np.repeat(step.rows, np.diff(step.query_starts))
-        last = self._last.numpy()[owners].clip(0)  # -1: a sequence that has failed, in a step for nothing
-        return np.where(unknown, last, step.token_ids)
+        token_ids, unknown = step.token_ids.copy(), step.unknown
+        # -1: a sequence that has failed, in a step for nothing
+        token_ids[unknown] = self._last.numpy()[step.rows[unknown]].clip(0)
+        return token_ids
 
     @torch.inference_mode()
     def sample(self, step: StepBatch, logits: torch.Tensor) -> torch.Tensor | None:

@@ -189,7 +189,7 @@ class Worker:
 
     def _learn(self, step: StepBatch) -> None:
         """Take in the tokens that a step goes on from, and those that the engine has had, lest they pile up."""
-        missing = step.rows[: step.singles][step.token_ids[: step.singles] < 0]
+        missing = step.rows[step.unknown]
         needed = [place for place, rows in enumerate(self.owed, 1) if np.isin(missing, rows).any()]
         for _ in range(max(max(needed, default=0), len(self.owed) + 1 - self.depth)):
             self.stage.learn(self.owed.popleft(), self.peers.receive(self.layout.sampler))

@@ -110,6 +110,26 @@ def test_a_step_is_launched_before_the_engine_knows_what_it_begins_with(
         assert sum(unknown) > engine.counters.completion_tokens / 4
 
 
+def test_ranks_begin_before_all_prompts_are_taken_in(models, ranks_are_threads, monkeypatch):
+    pulled, at_launch = [], []
+    launch = pipeline.Pipeline.launch
+
+    def noting(self, step):
+        at_launch.append(len(pulled))
+        return launch(self, step)
+
+    def source():
+        for first in range(8):
+            pulled.append(first)
+            yield [first + 1] * 20
+
+    monkeypatch.setattr(pipeline.Pipeline, "launch", noting)
+    with contextlib.closing(Engine(models["llama"], pp=2, **OPTIONS)) as engine:
+        assert len(list(engine.generate(source(), GREEDY))) == 8
+    assert at_launch[0] == 4, "a step of 64 tokens is full"
+    assert at_launch[1] == 8
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

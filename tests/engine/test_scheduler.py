@@ -227,19 +227,24 @@ def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
     assert len(scheduler.schedule().sampled) == 2
 
 
-def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ended():
-    scheduler = Scheduler([Profile(64, 256, SEQ_LEN)], PagePool(64 * 12), PAGE, (EOS,), True, micro_batches=2)
-    rng = np.random.default_rng(0)
-    for tail in range(64):
-        scheduler.add(sequence([2, 3, tail % 7], max_tokens=4 + int(rng.integers(0, 30))))
-    under_way, sizes = deque([scheduler.schedule(), scheduler.schedule()]), []
+def two_at_once(scheduler: Scheduler):
+    """Each step after the first two, when it is composed."""
+    under_way = deque([scheduler.schedule(), scheduler.schedule()])
     while under_way:
         step = under_way.popleft()
         scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
         if (step := scheduler.schedule()) is not None:
             under_way.append(step)
-            if step.extends.all():  # nothing is left of the prefill
-                sizes.append((step.num_tokens, scheduler.num_running))
+            yield step
+
+
+def test_steps_under_way_share_the_decoding_rows_evenly_whichever_rows_have_ended():
+    scheduler = Scheduler([Profile(64, 256, SEQ_LEN)], PagePool(64 * 12), PAGE, (EOS,), True, micro_batches=2)
+    rng = np.random.default_rng(0)
+    for tail in range(64):
+        scheduler.add(sequence([2, 3, tail % 7], max_tokens=4 + int(rng.integers(0, 30))))
+    # Where all extend, nothing is left of the prefill.
+    sizes = [(step.num_tokens, scheduler.num_running) for step in two_at_once(scheduler) if step.extends.all()]
     assert len(sizes) > 30
     assert all(size <= -(-running // 2) for size, running in sizes)
 
@@ -260,13 +265,7 @@ def test_prompts_that_follow_others_make_no_step_much_longer_than_its_neighbours
     rng = np.random.default_rng(0)
     for _ in range(768):
         scheduler.add(sequence([2] * 40, max_tokens=2 + int(rng.integers(0, 7))))
-    under_way, sizes = deque([scheduler.schedule(), scheduler.schedule()]), []
-    while under_way:
-        step = under_way.popleft()
-        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
-        if (step := scheduler.schedule()) is not None:
-            under_way.append(step)
-            sizes.append(step.num_tokens)
+    sizes = [step.num_tokens for step in two_at_once(scheduler)]
     assert len(sizes) > 50
     assert all(later <= 2 * size + 32 for size, later in zip(sizes, sizes[1:]))
 

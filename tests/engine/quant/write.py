@@ -42,10 +42,8 @@ def make_model(folder: Path) -> None:
 def write(model: Path, form: str, scratch: Path) -> None:
     from auto_round import AutoRound
 
-    loaded, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-        AutoTokenizer.from_pretrained(model),
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tool = AutoRound(loaded, tokenizer, bits=BITS, group_size=GROUP_SIZE, sym=False, iters=0, device_map="cpu")
     tool.quantize_and_save(str(scratch / form), format=f"auto_{form}")
     [made] = (scratch / form).rglob("model.safetensors")
