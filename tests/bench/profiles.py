@@ -1,22 +1,36 @@
-"""What a profile fitted to short rows gains over one for whatever may come: ``python -m tests.bench.profiles``.
+"""What a profile fitted to short rows gains over one for whatever may come: ``python -m tests.bench.profiles [MODEL]``.
 
-The same requests go through three engines of one model in turn, several times: one built without looking (sequences up
-to 8192), one with a narrow profile alone, one with both as ``build --fit`` makes it. Medians, and ratios to
-the first within each round.
+The same requests go through three engines of one model: one built without looking (sequences up to 8192), one with a
+narrow profile alone, one with both as ``build --fit`` makes it. Each is opened in a process of its own, in turn,
+several times, as each takes what memory it can; shown are medians, and ratios to the first within each round. MODEL is
+also a shape of ``random_plan``, for machines that have no model: on a GPU ``1b --requests 16000``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from batchinfer import Engine, Request, SamplingParams
+from batchinfer.bench import peak_rss_mb, timed_run
+from batchinfer.engine.build import build, choose_device
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Profile, Sample, as_asked, fit
+from batchinfer.engine.tactics import choose
 from batchinfer.host import available_cores
+from batchinfer.request import Request, SamplingParams
+from tests.bench.random_plan import SHAPES, make_plan
+
+WHOLE = 8192  # positions that the one built without looking is for
 
 
 def requests(count: int, prompt: int, completion: int) -> list[Request]:
@@ -31,44 +45,57 @@ def requests(count: int, prompt: int, completion: int) -> list[Request]:
     ]
 
 
-def run(engine: Engine, jobs: list[Request]) -> float:
-    """Tokens a second, prompt and completion."""
-    engine.pages.forget_idle()
+def built(model: str, mode: str, profiles: tuple[Profile, ...], folder: Path) -> EnginePlan:
+    if model not in SHAPES:
+        return build(model, folder, profiles=list(map(as_asked, profiles)), progress=False)
+    plan = replace(make_plan(folder, model, mode, profiles[0], choose_device("auto")), profiles=profiles)
+    replace(plan, tactics=choose(plan)).save()
+    return EnginePlan.load(folder)
+
+
+def measured(folder: Path, jobs: list[Request]) -> dict[str, float]:
+    """How one engine opens and runs ``jobs``, and what memory it takes."""
     begun = time.perf_counter()
-    assert all(done.error is None for done in engine.generate(jobs))
-    return sum(len(job.prompt_token_ids) + job.sampling.max_tokens for job in jobs) / (time.perf_counter() - begun)
+    engine = Engine(folder)
+    opened = time.perf_counter() - begun
+    list(engine.generate(jobs[:32]))  # whatever is compiled on first use
+    ran = timed_run(engine, jobs)
+    pages = engine.stage.num_pages * engine.stage.page_size
+    return {"tok_s": ran["total_tok_s"], "open_s": opened, "kv_tokens": pages, "peak_rss_mb": peak_rss_mb()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
+    parser.add_argument(
+        "model", nargs="?", default="smollm2-135m-instruct", help="a model, or one of " + ", ".join(SHAPES)
+    )
+    parser.add_argument("--mode", choices=["bf16", "fp8"], default="bf16", help="of a random model")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=40, help="median tokens")
     parser.add_argument("--completion", type=int, default=24, help="median tokens")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     jobs = requests(options.requests, options.prompt, options.completion)
-    wide = Engine(options.model, progress=False)
     sample = Sample(tuple(len(j.prompt_token_ids) for j in jobs), tuple(j.sampling.max_tokens for j in jobs))
-    fitted = fit(Profile.of({}, wide.plan.device, wide.plan.spec.max_position), sample)
-    engines = {
-        "wide": wide,
-        "narrow": Engine(options.model, profiles=[as_asked(fitted[0])], progress=False),
-        "fitted": Engine(options.model, profiles=list(map(as_asked, fitted)), progress=False),
-    }
-    for engine in engines.values():
-        run(engine, jobs[:16])
-    rounds = [{name: run(engine, jobs) for name, engine in engines.items()} for _ in range(options.rounds)]
-    for name, engine in engines.items():
-        told = {
-            "profile": name,
-            "for": [str(profile) for profile in engine.plan.profiles],
-            "kv_mib": round(sum(cache.nbytes for cache in engine.stage.caches) / 2**20),
-            "tok_s": round(statistics.median(each[name] for each in rounds)),
-            "times_wide": round(statistics.median(each[name] / each["wide"] for each in rounds), 3),
-        }
-        print(json.dumps(told))
-    print(json.dumps({"device": wide.plan.fingerprint["device"], "cores": available_cores(), "rounds": options.rounds}))
+    whole = Profile.of({"seq_len": WHOLE}, choose_device("auto"), WHOLE)
+    fitted = fit(whole, sample)
+    profiles = {"wide": (whole,), "narrow": fitted[:1], "fitted": fitted}
+    spawn, rounds = multiprocessing.get_context("spawn"), []
+    with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as scratch:
+        plans = {name: built(options.model, options.mode, each, Path(scratch, name)) for name, each in profiles.items()}
+        device = plans["wide"].fingerprint["device"]
+        print(json.dumps({"model": plans["wide"].model, "device": device, "cores": available_cores()}), flush=True)
+        for _ in range(options.rounds):
+            rounds.append({})
+            for name, plan in plans.items():
+                with ProcessPoolExecutor(1, spawn) as process:  # the next one finds empty memory
+                    rounds[-1][name] = process.submit(measured, plan.path, jobs).result()
+    for name, plan in plans.items():
+        told = {key: round(statistics.median(each[name][key] for each in rounds), 2) for key in rounds[0][name]}
+        times = statistics.median(each[name]["tok_s"] / each["wide"]["tok_s"] for each in rounds)
+        print(
+            json.dumps({"profile": name, "for": list(map(str, plan.profiles)), **told, "times_wide": round(times, 3)})
+        )
 
 
 if __name__ == "__main__":
