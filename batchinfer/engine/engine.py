@@ -26,7 +26,7 @@ from batchinfer.errors import EngineError, ModelError, StalePlanError
 from batchinfer.host import available_cores
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
-_INTAKE = 32  # steps' worth of prompts, taken in while one is computed
+_INTAKE = 8  # steps' worth of prompts, taken in while one is computed: more takes longer than a step of a stage does
 
 log = logging.getLogger(__name__)
 

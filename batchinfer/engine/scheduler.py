@@ -237,7 +237,7 @@ class Scheduler:
             reason = "error" if failed[i] else "stop" if stopped[i] else "length"
             finished.append(self._finish(int(rows[i]), reason))
         if finished:
-            self._running = self._running[[self._sequences[row] is not None for row in self._running]]
+            self._running = self._running[self._held[self._running] > 0]  # none is there without a page
         return finished
 
     def drop_all(self) -> None:
@@ -269,15 +269,13 @@ class Scheduler:
 
     def _admissible(self) -> int:
         """Tokens of those that wait and that rows and pages could hold now, counted as far as it matters to a step."""
-        enough = _PREFILL_STEPS * self.profile.step_tokens
-        tokens, room = 0, self.pages.available - self._promised_pages()
-        for sequence in islice(self.waiting, len(self._free_rows)):
-            length = len(sequence.token_ids)
-            room -= int(self._pages_for(self._expected_length(sequence.prompt_len, length, sequence.limit)))
-            if room < 0 or tokens >= enough:
-                break
-            tokens += length
-        return tokens
+        waiting = list(islice(self.waiting, len(self._free_rows)))
+        lengths = np.fromiter((len(sequence.token_ids) for sequence in waiting), np.int32)
+        prompts = np.fromiter((sequence.prompt_len for sequence in waiting), np.int32)
+        limits = np.fromiter((sequence.limit for sequence in waiting), np.int32)
+        pages = np.cumsum(self._pages_for(self._expected_length(prompts, lengths, limits)))
+        room = self.pages.available - self._promised_pages()
+        return min(int(lengths[pages <= room].sum()), _PREFILL_STEPS * self.profile.step_tokens)
 
     def _continue_running(
         self, most_decoding: int, most_tokens: int, prefill: bool
