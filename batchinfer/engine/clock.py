@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class HostClock:
         """When it came to a moment that has passed."""
         return moment
 
+    def beside(self, moment: Any) -> contextlib.AbstractContextManager[None]:
+        """What is begun within runs beside all that was begun after ``moment``; what is begun later waits for it."""
+        return contextlib.nullcontext()
+
 
 class CudaClock(HostClock):
     """A GPU's work is done when it gets to it: moments are events in the current stream."""
@@ -33,6 +38,7 @@ class CudaClock(HostClock):
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
+        self._side = torch.cuda.Stream()
         self._zero, self._at = self.now(), time.perf_counter()
         self._zero.synchronize()
 
@@ -46,6 +52,13 @@ class CudaClock(HostClock):
 
     def seconds(self, moment: torch.cuda.Event) -> float:
         return self._at + self._zero.elapsed_time(moment) / 1e3
+
+    @contextlib.contextmanager
+    def beside(self, moment: torch.cuda.Event) -> Iterator[None]:
+        self._side.wait_event(moment)
+        with torch.cuda.stream(self._side):
+            yield
+        torch.cuda.current_stream().wait_stream(self._side)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, budget: float, least: int = 1) -> float:

@@ -114,7 +114,8 @@ class Worker:
         self.listens = any(to == self.rank for _, to in feedback)
         self.depth = told["depth"]
         self.owed: deque[np.ndarray] = deque()  # the rows of steps whose tokens are not taken in yet
-        self.due: deque[tuple[int, np.ndarray]] = deque()  # steps whose pages are not taken in yet; which pages
+        # Steps whose pages are not taken in yet; which pages, and from when on nobody here uses them any more.
+        self.due: deque[tuple[int, np.ndarray, Any]] = deque()
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
     def _join(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece], arena: int | None) -> Peers:
@@ -145,17 +146,22 @@ class Worker:
 
     def serve(self) -> None:
         for message in self._messages():
-            if message.kind == "take":
-                self._take_pages(message.fields["number"])
+            told = message.fields
+            if message.kind == "pages":
+                self.due.append((told["number"], told["pages"], self.clock.now()))
+            elif message.kind == "take":
+                self._take_pages(told["number"])
             else:
-                self._compute(step_of(message.fields), message.fields["number"])
+                self._compute(step_of(told), told["number"])
 
     def _take_pages(self, number: int) -> None:
         """What the steps up to this one have written; some may be of a run that was left in the middle."""
         while self.due and self.due[0][0] <= number:
-            begun, pages = self.clock.now(), self.due.popleft()[1]
-            take_pages(self.stage, self.peers, self.incoming, pages)
-            self._tell("moved", begun, pages=len(pages))
+            _, pages, free = self.due.popleft()
+            with self.clock.beside(free):
+                begun = self.clock.now()
+                take_pages(self.stage, self.peers, self.incoming, pages)
+                self._tell("moved", begun, pages=len(pages))
 
     def _compute(self, step: StepBatch, number: int) -> None:
         if self.listens:
@@ -224,9 +230,7 @@ class Worker:
                     return
                 if message.kind == "pages":
                     expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
-                    self.due.append((message.fields["number"], message.fields["pages"]))
-                    continue
-                if message.kind == "step":
+                elif message.kind == "step":
                     self._expect(len(message.fields["token_ids"]), len(message.fields["sampled"]))
                 known.append(message)
             yield known.popleft()
