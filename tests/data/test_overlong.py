@@ -10,18 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.backends.echo import EchoBackend
-from batchinfer.data.tokenizer import PromptTokenizer
 from batchinfer.errors import JobError
 from batchinfer.request import Completion, Request
 from tests.data.test_prompt import CHATML, characters, error, ids, render, renderer, write_tokenizer
 from tests.echo_jobs import echo_job, read_output, run_echo, tokenizer_dir, write
 
+pytestmark = pytest.mark.usefixtures("demo_tokenizer")
 SIDES = ("truncate_left", "truncate_right")
-
-
-@pytest.fixture(scope="module")
-def demo(demo_tokenizer_dir):
-    return PromptTokenizer(demo_tokenizer_dir)
 
 
 def letters(folder, **section):
@@ -71,7 +66,9 @@ def test_what_the_tokenizer_puts_around_a_prompt_stays(tmp_path):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("messages", [False, True])
-def test_in_a_chat_the_last_user_message_is_cut_and_all_else_is_whole(demo, demo_tokenizer_dir, side, messages):
+def test_in_a_chat_the_last_user_message_is_cut_and_all_else_is_whole(
+    demo_tokenizer, demo_tokenizer_dir, side, messages
+):
     words = [f"word{i}" for i in range(400)]
     chat = [
         {"role": "system", "content": "Be brief."},
@@ -84,8 +81,8 @@ def test_in_a_chat_the_last_user_message_is_cut_and_all_else_is_whole(demo, demo
     else:
         made = renderer(demo_tokenizer_dir, template="{{ t }}", system="Be brief.", **options)
         [cut] = render(made, {"t": [chat[1]["content"]]})
-    said = demo._tokenizer.decode(ids(cut), skip_special_tokens=False)
-    for spelled in demo.specials.values():
+    said = demo_tokenizer._tokenizer.decode(ids(cut), skip_special_tokens=False)
+    for spelled in demo_tokenizer.specials.values():
         said = said.replace(spelled, "|")
     head, _, rest = said.partition("Be brief.|\n|user\n")
     assert head == "|system\n"
@@ -134,7 +131,7 @@ def test_any_text_fits_or_says_why(demo_tokenizer_dir, text, length, side):
         assert isinstance(result, Completion) and "may stay" in result.error
 
 
-def test_no_cut_splits_a_control_token_that_the_template_writes(demo, demo_tokenizer_dir):
+def test_no_cut_splits_a_control_token_that_the_template_writes(demo_tokenizer_dir):
     made = renderer(
         demo_tokenizer_dir, template="<|im_start|>" * 30 + "{{ t }}", chat="off", max_seq_len=20,
         sampling={"max_tokens": 2}, on_overlong="truncate_right",

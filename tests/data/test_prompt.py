@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from batchinfer.data import prompt
 from batchinfer.data.prompt import PromptRenderer, check_columns, row_seeds
 from batchinfer.data.tokenizer import PromptTokenizer
 from batchinfer.errors import InputError, JobError, ModelError
 from batchinfer.job import PromptSection, SamplingSection
 from batchinfer.request import Completion, Request
 
+pytestmark = pytest.mark.usefixtures("demo_tokenizer")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())]))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -73,14 +73,6 @@ def demo(demo_tokenizer_dir):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(demo_tokenizer_dir)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def demo_tokenizer_is_read_once(demo_tokenizer_dir):
-    once = PromptTokenizer(demo_tokenizer_dir)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt, "PromptTokenizer", lambda d: once if d == demo_tokenizer_dir else PromptTokenizer(d))
-        yield
 
 
 # ---- tokens are the model's own
