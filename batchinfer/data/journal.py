@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.data.source import Unit
-from batchinfer.data.stats import OTHER, kind_of
+from batchinfer.data.stats import OTHER, failures
 from batchinfer.data.store import Store
 from batchinfer.data.threads import Halt, Worker
 from batchinfer.errors import EngineError
@@ -69,7 +69,7 @@ class Tally:
         failed = results.num_rows - results["error"].null_count - (self.skipped - skipped)
         self.failed += failed
         if failed:
-            for kind in _failures(results):
+            for _, kind in failures(results):
                 self.failures[kind if kind in self.failures or len(self.failures) < MOST_KINDS else OTHER] += 1
         return self
 
@@ -83,13 +83,6 @@ class Tally:
         counts = ((self.failed, "failed"), (self.skipped, "skipped"))
         told = ", ".join(f"{count:,} {what}" for count, what in counts if count)
         return f" ({told})" if told else ""
-
-
-def _failures(results: pa.RecordBatch | pa.Table) -> Iterator[str]:
-    """Why rows failed, a kind for each."""
-    for error, reason in zip(results["error"].to_pylist(), results["finish_reason"].to_pylist()):
-        if error is not None and reason not in ("skipped", ["skipped"]):
-            yield kind_of(error)
 
 
 class ResultSchema:

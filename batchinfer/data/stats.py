@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 OTHER = "other reasons"  # kinds of failure beyond those that are told apart
@@ -85,3 +87,11 @@ def kind_of(error: str) -> str:
     """An error without its numbers, so that equal failures of different rows are one kind."""
     kind = re.sub(r"\d[\d,.]*(?<=\d)", "N", error)
     return kind if len(kind) <= 300 else f"{kind[:300]}…"
+
+
+def failures(results: pa.RecordBatch | pa.Table, prefix: str = "") -> Iterator[tuple[int, str]]:
+    """The rows that failed, and of what kind each failure is. A row that was to be skipped is none."""
+    errors, reasons = (results[prefix + name].to_pylist() for name in ("error", "finish_reason"))
+    for row, (error, reason) in enumerate(zip(errors, reasons)):
+        if error is not None and reason not in ("skipped", ["skipped"]):
+            yield row, kind_of(error)

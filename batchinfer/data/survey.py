@@ -25,7 +25,7 @@ from batchinfer.data.report import SUMMARY, summarize
 from batchinfer.data.series import RunSeries, read_runs
 from batchinfer.data.source import Unit
 from batchinfer.data.standing import standing
-from batchinfer.data.stats import OTHER, Lengths, kind_of
+from batchinfer.data.stats import OTHER, Lengths, failures
 from batchinfer.errors import DriftError
 from batchinfer.job import PromptSection
 
@@ -140,23 +140,18 @@ def _count(ledger: Ledger, commit: Commit, prefix: str, found: Survey) -> None:
             found.prompt.add(_numbers(batch[names[0]]))
             found.completion.add(_numbers(batch[names[1]]))
             if commit.failed:
-                _count_failures(batch[names[2]], batch[names[3]], ledger.units[commit.unit], row, found.failures)
+                _count_failures(batch, prefix, ledger.units[commit.unit], row, found)
             row += batch.num_rows
 
 
-def _count_failures(
-    errors: pa.Array, reasons: pa.Array, unit: Unit, first_row: int, failures: dict[str, Failures]
-) -> None:
-    for i, (error, reason) in enumerate(zip(errors.to_pylist(), reasons.to_pylist())):
-        if error is None or "skipped" in _listed(reason):  # which is no failure
-            continue
-        kind = kind_of(error)
-        if kind not in failures and len(failures) >= MOST_KINDS:
+def _count_failures(batch: pa.RecordBatch, prefix: str, unit: Unit, first_row: int, found: Survey) -> None:
+    for row, kind in failures(batch, prefix):
+        if kind not in found.failures and len(found.failures) >= MOST_KINDS:
             kind = OTHER
-        told = failures.setdefault(kind, Failures())
+        told = found.failures.setdefault(kind, Failures())
         told.count += 1
         if len(told.rows) < 3:
-            told.rows.append(_address(unit, first_row + i))
+            told.rows.append(_address(unit, first_row + row))
 
 
 def _samples(ledger: Ledger, commits: list[Commit], prefix: str, job: dict[str, Any], count: int) -> Iterator[Sample]:
