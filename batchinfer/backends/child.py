@@ -14,6 +14,7 @@ from batchinfer import deadline
 from batchinfer.backends.base import Isolation
 from batchinfer.backends.wire import Message, Wire, unpack_error
 from batchinfer.job import Job
+from batchinfer.python_path import python_path
 
 TICK = 0.5  # seconds: silence is counted in these, so that a run which was stopped itself blames nobody
 OPENING = 6  # times limits.engine_timeout: opening a model shows less of what it does
@@ -134,7 +135,6 @@ def _how(code: int | None) -> str:
 
 
 def _environ(isolation: Isolation) -> dict[str, str]:
-    """This process's environment as the engine should see it; modules are found where this process finds them."""
+    """This process's environment as the engine should see it."""
     seen = {name: value for name, value in os.environ.items() if not name.startswith(isolation.scrub)}
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return {**seen, **isolation.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return {**seen, **isolation.environ, "PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}

@@ -15,14 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed import TCPStore
 
-import batchinfer
 from batchinfer import errors
 from batchinfer.engine.balance import Costs, deal, keep_costs, known_costs
 from batchinfer.engine.comm import Arena, SharedPeers, Sizes
@@ -38,6 +36,7 @@ from batchinfer.engine.transfer import PIECE_BYTES, pages_of
 from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
+from batchinfer.python_path import python_path
 
 _OPENING = 6 * DEADLINE  # what reading the weights may take
 _LARGE_PAGE = 256  # tokens
@@ -331,12 +330,9 @@ class _Rank:
     @classmethod
     def start(cls, number: int, name: str, arena: int | None) -> _Rank:
         ours, theirs = socket.socketpair()
-        environment = dict(os.environ) | {LINK_FD: str(theirs.fileno())}
+        environment = dict(os.environ) | {LINK_FD: str(theirs.fileno()), "PYTHONPATH": python_path()}
         if arena is not None:
             environment[ARENA_FD] = str(arena)
-        # The same code, wherever this process found it.
-        home = str(Path(batchinfer.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "batchinfer.engine.worker"],
             stdin=subprocess.DEVNULL,

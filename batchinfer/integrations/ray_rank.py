@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import ray
 
+from batchinfer.python_path import python_path
+
 PAUSE = 0.5  # seconds before a rank that ended is started anew
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -42,8 +44,8 @@ class RankActor:
     def serve(self, rank: int, meeting: Meeting) -> None:
         """Until the actor is killed."""
         one_gpu = {"LOCAL_RANK": "0"}  # Ray shows it no other
-        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        environment = {**os.environ, **meeting.environment, **one_gpu, "RANK": str(rank), "PYTHONPATH": path}
+        told = {**meeting.environment, **one_gpu, "RANK": str(rank), "PYTHONPATH": python_path()}
+        environment = {**os.environ, **told}
         command = [sys.executable, "-m", "batchinfer.engine.worker"]
         while True:
             subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=_end_with_the_actor)
