@@ -5,6 +5,7 @@ Credentials and endpoints come from the variables that each cloud's own tools re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -13,6 +14,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +36,7 @@ CREDENTIALS = {
 }
 METADATA = ("169.254.169.254", "metadata.google")  # who is asked for credentials where there are none
 VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
+MARK = "batchinferput"  # letters alone, as Azure wants it
 MAY_PASS = (408, 409, 425, 429)  # of the statuses that blame the request
 Condition = dict[str, str]  # what a request carries that is about one version of an object alone
 T = TypeVar("T")
@@ -109,14 +112,8 @@ class Bucket:
             options["if_match"] = version.condition["e_tag"]
         return self.ask("read", key, lambda: obstore.get(self.store, key, options=options).bytes().to_bytes())
 
-    def mark(self, key: str, name: str) -> str | None:
-        """An attribute that the object was put with."""
-        import obstore
-
-        return self.ask("read", key, lambda: obstore.get(self.store, key).attributes).get(name)
-
-    def put(self, key: str, data: bytes, over: Condition | None = None, **marks: str) -> Condition:
-        """Write an object, with ``marks`` as its attributes.
+    def put(self, key: str, data: bytes, over: Condition | None = None, mark: str | None = None) -> Condition:
+        """Write an object, with ``mark`` as an attribute of it.
 
         Args:
             over: write it only over that version; ``{}`` is only where there is none. Raises: Changed, also if this put
@@ -125,9 +122,31 @@ class Bucket:
         import obstore
 
         mode: Any = "overwrite" if over is None else over or "create"
-        how = {"mode": mode, "attributes": marks or None, "use_multipart": False}
+        how = {"mode": mode, "attributes": {MARK: mark} if mark else None, "use_multipart": False}
         whole = memoryview(data).cast("B")
         return _condition(self.ask("write", key, lambda: obstore.put(self.store, key, whole, **how)))
+
+    def swap(self, key: str, data: bytes, over: Condition) -> Condition | None:
+        """Write an object over that version of it, ``{}`` being that there is none.
+
+        The answer to such a put may get lost on its way and the put be tried again, which then finds its own work in
+        its way: it carries a mark by which its writer knows it again.
+
+        Returns: the version written; None if it was not that version any more.
+        """
+        mark = uuid.uuid4().hex
+        try:
+            return self.put(key, data, over, mark)
+        except (Changed, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                if self._mark(key) == mark:
+                    return self.head(key).condition
+        return None
+
+    def _mark(self, key: str) -> str | None:
+        import obstore
+
+        return self.ask("read", key, lambda: obstore.get(self.store, key).attributes).get(MARK)
 
     def copy(self, key: str, target: str) -> None:
         import obstore

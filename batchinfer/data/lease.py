@@ -8,14 +8,11 @@ import threading
 import time
 import uuid
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from batchinfer.data.lock import holder, is_here, is_running, who
+from batchinfer.data.bucket import Bucket, Condition, Version
+from batchinfer.data.holder import holder, is_here, is_running, who
 from batchinfer.errors import BatchInferError, LockedError
-
-if TYPE_CHECKING:
-    from batchinfer.data.bucket import Condition, Version
-    from batchinfer.data.object_store import ObjectStore
 
 BEAT, STALE = 15.0, 90.0  # seconds between renewals, and without one after which the holder counts as dead
 _held: set[str] = set()  # runs of this process that hold a lease; the store may have been in trouble when one ended
@@ -31,14 +28,14 @@ class Lease:
     Raises: LockedError naming the holder.
     """
 
-    def __init__(self, store: ObjectStore, name: str, output: Any) -> None:
-        self._store, self._name, self._output = store, name, output
+    def __init__(self, bucket: Bucket, key: str, output: Any) -> None:
+        self._bucket, self._key, self._output = bucket, key, output
         self._holder = {**holder(), "run": uuid.uuid4().hex}
         self._beats = 0
         self._lost = ""
         _held.add(self._holder["run"])
         try:
-            while (mine := store.swap(name, self._content(), _free(store, name, output))) is None:
+            while (mine := bucket.swap(key, self._content(), _free(bucket, key, output))) is None:
                 pass  # another was quicker, and will be named
         except BaseException:
             _held.discard(self._holder["run"])
@@ -59,14 +56,14 @@ class Lease:
         self._ended.set()
         self._thread.join(1.0)
         with contextlib.suppress(BatchInferError):  # then it ends by itself
-            if not self._lost and not self._store.bucket.in_trouble and self._find():
-                self._store.remove([self._name])
+            if not self._lost and not self._bucket.in_trouble and self._find():
+                self._bucket.delete([self._key])
 
     @staticmethod
-    def is_held(store: ObjectStore, name: str) -> bool:
+    def is_held(bucket: Bucket, key: str) -> bool:
         """By this machine's clock, as telling it by the store's takes a write."""
         try:
-            found, content = store.version(name), store.read(name)
+            found, content = bucket.head(key), bucket.get(key)
         except FileNotFoundError:
             return False
         return not _is_dead(content) and (datetime.now(timezone.utc) - found.modified).total_seconds() < STALE
@@ -78,7 +75,7 @@ class Lease:
         while not self._ended.wait(BEAT):
             self._beats += 1
             with contextlib.suppress(BatchInferError):  # the store has trouble, which the run will meet by itself
-                mine = self._store.swap(self._name, self._content(), self._mine) or self._find()
+                mine = self._bucket.swap(self._key, self._content(), self._mine) or self._find()
                 if mine is None:
                     return
                 self._mine, self._renewed = mine, time.monotonic()
@@ -86,9 +83,9 @@ class Lease:
     def _find(self) -> Condition | None:
         """The version of the lock if it is this run's still: the answer to a renewal may have got lost."""
         try:
-            found, content = self._store.version(self._name), self._store.read(self._name)
+            found, content = self._bucket.head(self._key), self._bucket.get(self._key)
         except FileNotFoundError:
-            self._lost = f"the lock of this run, {self._store.path(self._name)}, is gone"
+            self._lost = f"the lock of this run, {self._bucket.url}/{self._key}, is gone"
             return None
         if json.loads(content).get("run") == self._holder["run"]:
             return found.condition
@@ -96,27 +93,28 @@ class Lease:
         return None
 
 
-def _free(store: ObjectStore, name: str, output: Any) -> Condition:
+def _free(bucket: Bucket, key: str, output: Any) -> Condition:
     """The version of the lock that may be taken over, ``{}`` if there is none. Raises: LockedError."""
     try:
-        found, content = store.version(name), store.read(name)
+        found, content = bucket.head(key), bucket.get(key)
     except FileNotFoundError:
         return {}
-    if not _is_dead(content) and (left := STALE - _age(store, name, found)) > 0:
+    if not _is_dead(content) and (left := STALE - _age(bucket, key, found)) > 0:
         raise LockedError(
             f"{output} is being written by another run{who(content)}. If that one died, its lease ends in {left:.0f} s"
         )
     return found.condition
 
 
-def _age(store: ObjectStore, name: str, found: Version) -> float:
+def _age(bucket: Bucket, key: str, found: Version) -> float:
     """Seconds since it was written."""
-    probe = f"{name}.{uuid.uuid4().hex}"
-    store.write(probe, b"")
+    probe = f"{key}.{uuid.uuid4().hex}"
+    bucket.put(probe, b"")
     try:
-        return (store.version(probe).modified - found.modified).total_seconds()
+        return (bucket.head(probe).modified - found.modified).total_seconds()
     finally:
-        store.remove([probe])
+        with contextlib.suppress(BatchInferError):
+            bucket.delete([probe])
 
 
 def _is_dead(content: bytes) -> bool:

@@ -42,8 +42,9 @@ import pyarrow.parquet as pq
 from batchinfer.cache import digest, plain
 from batchinfer.data import commits, manifest, plan, retries
 from batchinfer.data.commits import Commit
-from batchinfer.data.journal import log_of
-from batchinfer.data.lock import holder, is_running, lives
+from batchinfer.data.drift import differences
+from batchinfer.data.holder import holder
+from batchinfer.data.leftovers import leftovers
 from batchinfer.data.retries import Retry
 from batchinfer.data.shards import Turn
 from batchinfer.data.source import Source, Unit
@@ -187,7 +188,7 @@ class Ledger:
         before, now = self.identity["semantic"], plain(semantic)
         if sections:
             before, now = ({k: tree.get(k) for k in sections} for tree in (before, now))
-        if changes := list(_differences(before, now)):
+        if changes := list(differences(before, now)):
             raise JobDriftError(
                 f"the job differs from the one that {self.output} was begun with:\n  "
                 + "\n  ".join(changes)
@@ -393,43 +394,8 @@ class Ledger:
                 raise
 
     def left_behind(self) -> Iterator[str]:
-        """What dead runs left in the control folder. Where others may live, they keep theirs (``lock.lives``)."""
-        alive = {
-            name.split(".")[0].lstrip("0")
-            for name in self.store.list("leases", ".json")
-            if lives(self.store, name, self.shard)
-        }
-        for name in self.store.list("staged"):
-            if name.rpartition(".")[2] not in alive or self._has_lost(name):
-                yield f"staged/{name}"
-        for folder in (".", "commits", "leases") if self.shard is None else ():
-            temporary = self.store.list(folder, ".tmp")
-            yield from (f"{folder}/{name}" for name in temporary if not is_running(name.split(".")[-2]))
-        for name in self.store.list("wal", ".arrows"):
-            unit, retry = log_of(name)
-            written = self.commits[unit].retry if unit in self.commits else -1
-            if retry <= written or 0 < retry < len(self.retries):  # an older retry is not taken up again
-                yield f"wal/{name}"
-
-    def _has_lost(self, name: str) -> bool:
-        """Whether the unit of a staged part was committed by a later run, so that this part never will be."""
-        unit, _, epoch = name.partition(".")
-        commit = self.commits.get(int(unit))
-        return commit is not None and int(epoch) < commit.epoch
+        """What dead runs left in the control folder and nobody needs."""
+        return leftovers(self.store, self.commits, len(self.retries), self.shard)
 
     def _clear(self) -> None:
         self.store.remove(self.left_behind())
-
-
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """``prompt.template: 'a' -> 'b'``, one line a leaf."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    elif before != now:
-        yield f"{key}: {_short(before)} -> {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:160]}…"

@@ -1,21 +1,17 @@
-"""Lock: one run at a time on an output, and who it is."""
+"""Lock: one run at a time on an output."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
+from batchinfer.data.holder import holder, who
 from batchinfer.errors import LockedError, OutputError
 from batchinfer.flock import held_by_another
-from batchinfer.shard import Shard
-
-if TYPE_CHECKING:
-    from batchinfer.data.store import Store
 
 GLANCE = (0.02, 0.02, 0.0)  # seconds to wait, in case it is held by one who only looks whether it is held
 
@@ -83,65 +79,3 @@ class FileLock:
         with contextlib.suppress(FileNotFoundError):
             return os.stat(self._path).st_ino == os.fstat(self._stream.fileno()).st_ino
         return False
-
-
-def holder(shard: Shard | None = None) -> dict[str, Any]:
-    """This process, for others to read."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S%z")
-    here = {"pid": os.getpid(), "host": socket.gethostname(), "namespace": _namespace(), "since": since}
-    return here if shard is None else {**here, "shard": str(shard)}
-
-
-def told(store: Store, name: str) -> str:
-    """Who holds a lock, as far as it says."""
-    try:
-        return who(store.read(name))
-    except FileNotFoundError:
-        return ""
-
-
-def lives(store: Store, lease: str, shard: Shard | None = None) -> bool:
-    """Whether the run of a lease may be another one that goes on.
-
-    To one that holds the whole output: whether it is a process of this machine, in case the lock does not work here, or
-    in a shared store of another. To a shard: any run but those of that shard, on whatever machine.
-    """
-    try:
-        told = json.loads(store.read(f"leases/{lease}"))
-        if shard is not None and told.get("shard") != str(shard):
-            return True
-        return is_running(told["pid"]) if is_here(told) else store.shared
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
-        return False
-
-
-def is_here(told: dict[str, Any]) -> bool:
-    """Whether a holder is a process of this machine."""
-    return told["host"] == socket.gethostname() and told.get("namespace") == _namespace()
-
-
-def _namespace() -> str | None:
-    """In which space its process ids count: containers of one name may have several."""
-    with contextlib.suppress(OSError):
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return None
-
-
-def is_running(pid: int | str) -> bool:
-    """Whether another process of this machine has that id."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return int(pid) != os.getpid()
-
-
-def who(lock: str | bytes) -> str:
-    """``: process 3 on host, since …``, as far as what a lock holds says it."""
-    try:
-        told = json.loads(lock)
-        return f": process {told['pid']} on {told['host']}, since {told['since']}"
-    except (ValueError, KeyError, TypeError):
-        return ""

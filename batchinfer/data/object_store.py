@@ -1,9 +1,7 @@
 """Object stores behind the interface of store.py: S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage.
 
 - A put is whole or not at all, and durable when it is answered; there is nothing to sync.
-- Put-if-absent and compare-and-swap are conditional puts (If-None-Match, If-Match). The answer to one may get lost on
-  its way and the put be tried again, which then finds its own work in its way: each carries a mark by which its writer
-  knows it again.
+- Put-if-absent is a conditional put (If-None-Match).
 - Appending to NAME puts numbered objects NAME/00000000, NAME/00000001, …, which are read as one file.
 - Moving copies within the bucket, in one request, and then removes the source: who finds the source may do it again.
 """
@@ -16,14 +14,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from batchinfer.data.bucket import Changed, Condition, Version, open_bucket
+from batchinfer.data.bucket import open_bucket
 from batchinfer.data.lease import Lease
 from batchinfer.data.object_file import ObjectFile
 from batchinfer.errors import BatchInferError, OutputError
 from batchinfer.location import Location
 
 AT_ONCE = 16  # requests, where many objects are wanted
-MARK = "batchinferput"  # letters alone, as Azure wants it
 APPENDED = (".arrows", ".jsonl")  # files of these kinds are appended to
 
 
@@ -62,7 +59,7 @@ class ObjectStore:
         if name.endswith(APPENDED):
             return sum(version.size for version in self.bucket.list(self._key(name))) or None
         try:
-            return self.version(name).size
+            return self.bucket.head(self._key(name)).size
         except FileNotFoundError:
             return None
 
@@ -98,21 +95,7 @@ class ObjectStore:
         self.bucket.put(self._key(name), data)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        return self.swap(name, data, {}) is not None
-
-    def swap(self, name: str, data: bytes, over: Condition) -> Condition | None:
-        """Write a whole object over that version of it, ``{}`` being that there is none.
-
-        Returns: the version written; None if it was not that version any more.
-        """
-        key, mark = self._key(name), uuid.uuid4().hex
-        try:
-            return self.bucket.put(key, data, over, **{MARK: mark})
-        except (Changed, FileNotFoundError):
-            with contextlib.suppress(FileNotFoundError):
-                if self.bucket.mark(key, MARK) == mark:
-                    return self.bucket.head(key).condition
-        return None
+        return self.bucket.swap(self._key(name), data, {}) is not None
 
     def move(self, name: str, to: Any, target: str) -> None:
         try:
@@ -148,13 +131,10 @@ class ObjectStore:
             )
 
     def lock(self, name: str, output: Any) -> Lease:
-        return Lease(self, name, output)
+        return Lease(self.bucket, self._key(name), output)
 
     def is_locked(self, name: str) -> bool:
-        return Lease.is_held(self, name)
-
-    def version(self, name: str) -> Version:
-        return self.bucket.head(self._key(name))
+        return Lease.is_held(self.bucket, self._key(name))
 
     def _key(self, name: str) -> str:
         return self._folder if name == "." else f"{self._folder}/{name}"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from batchinfer.data.lock import told
+from batchinfer.data.holder import who
 from batchinfer.data.store import Store
 from batchinfer.errors import LockedError
 from batchinfer.shard import Shard
@@ -28,10 +28,10 @@ class Turn:
         name, what = (WHOLE, output) if shard is None else (_name(shard), f"shard {shard} of {output}")
         self._lock = store.lock(name, what)
         try:
-            for other, who in _others(store, shard):
+            for other, whose in _others(store, shard):
                 if store.is_locked(other):
                     more = "; shards that run together must count alike" if shard and other != WHOLE else ""
-                    raise LockedError(f"{output} is being written by {who}{told(store, other)}{more}")
+                    raise LockedError(f"{output} is being written by {whose}{_told(store, other)}{more}")
         except BaseException:
             self._lock.release(leave_trace=False)
             raise
@@ -41,6 +41,14 @@ class Turn:
 def running(store: Store) -> list[Shard]:
     """The shards that run."""
     return [shard for shard in _known(store) if store.is_locked(_name(shard))]
+
+
+def _told(store: Store, name: str) -> str:
+    """Who holds a lock, as far as it says."""
+    try:
+        return who(store.read(name))
+    except FileNotFoundError:
+        return ""
 
 
 def _others(store: Store, shard: Shard | None) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchinfer.data.commits import Commit
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.lock import lives
+from batchinfer.data.leftovers import lives
 from batchinfer.data.look import look
 
 PART = re.compile(r"part-\d+-\d+\.parquet")  # Ledger.part_name
