@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from batchinfer.errors import JobError
 
 if TYPE_CHECKING:
-    from batchinfer.data.ledger import Ledger
     from batchinfer.data.threads import Halt
     from batchinfer.request import Load
 
@@ -22,6 +21,10 @@ _FORM = re.compile(r"(\d+|auto)/(\d+)|auto")
 class _Addressed(Protocol):
     file: str
     first_row: int
+
+
+class _Planned(Protocol):
+    def pending(self) -> Sequence[Any]: ...
 
 
 Unit = TypeVar("Unit", bound=_Addressed)
@@ -71,7 +74,7 @@ class Shard:
         shuffled = sorted(range(len(units)), key=lambda i: _hash(units[i]))
         return [units[i] for i in sorted(shuffled[self.index :: self.count])]
 
-    def chunks(self, ledger: Ledger, load: Callable[[], Load], halt: Halt) -> Iterable[Sequence[Any]]:
+    def chunks(self, ledger: _Planned, load: Callable[[], Load], halt: Halt) -> Iterable[Sequence[Any]]:
         """What its run is to do, a chunk of units at a time."""
         return [ledger.pending()]
 
