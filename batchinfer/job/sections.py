@@ -1,69 +1,33 @@
-"""Job: one validated, frozen description of the work, read from TOML, environment and overrides."""
+"""The sections of a job, one class each: their keys, what each may be, and what contradicts what."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    model_validator,
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
+
+from batchinfer.job.problems import nearest
+from batchinfer.job.values import (
+    Integers,
+    Moment,
+    Place,
+    Places,
+    Share,
+    Size,
+    Some,
+    SomeStrings,
+    Span,
+    Strings,
+    as_tuple,
 )
-
-from batchinfer import deadline, shard, size
-from batchinfer.errors import JobError
-from batchinfer.location import checked, redacted
 from batchinfer.request import SamplingParams
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-ENV_PREFIX = "BATCHINFER_"
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _as_tuple(value: Any) -> Any:
-    """TOML writes a list where a Job holds a tuple; a lone string stands for a list of one."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-def _written_as(parse: Any) -> tuple[Any, Any]:
-    """A text that ``parse`` understands and that is kept as it is; TOML's own dates and times become text."""
-    to_text = BeforeValidator(lambda value: value.isoformat() if hasattr(value, "isoformat") else value)
-    return to_text, AfterValidator(lambda value: parse(value) and value)
-
-
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Some = Annotated[str, Field(min_length=1)]  # "" would be the folder in which batchinfer is started
-Place = Annotated[Some, AfterValidator(checked)]  # a path or a URL
-Places = Annotated[
-    tuple[Some, ...],
-    Field(min_length=1),
-    BeforeValidator(_as_tuple),
-    AfterValidator(lambda paths: tuple(map(checked, paths))),
-]
-SomeStrings = Annotated[tuple[Some, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
-Moment = Annotated[(str, *_written_as(deadline.moment))]
-Size = Annotated[(str, *_written_as(size.in_bytes))]
-Span = Annotated[(str, *_written_as(deadline.seconds))]
-Share = Annotated[(str, *_written_as(shard.check))]
 
 
 class InputSection(Section):
@@ -121,7 +85,7 @@ class SamplingSection(Section):
         allowed = [name for name in SamplingParams.names() if name != "n"]
         for name in self.columns:
             if name not in allowed:
-                raise ValueError(f"columns: no per-row parameter {name!r}{_nearest(name, allowed)}")
+                raise ValueError(f"columns: no per-row parameter {name!r}{nearest(name, allowed)}")
         return self
 
     def params(self) -> SamplingParams:
@@ -166,7 +130,7 @@ def _some(profiles: tuple[ProfileSection, ...]) -> tuple[ProfileSection, ...]:
 Profiles = Annotated[
     tuple[ProfileSection, ...],
     AfterValidator(_some),
-    BeforeValidator(lambda value: (value,) if isinstance(value, dict) else _as_tuple(value)),
+    BeforeValidator(lambda value: (value,) if isinstance(value, dict) else as_tuple(value)),
 ]
 
 
@@ -343,212 +307,3 @@ class JobSection(Section):
     shard: Share | None = Field(
         None, description='one of several runs that share the work: "0/4" is the first of four; "auto" for array jobs'
     )
-
-
-class Job(Section):
-    """What to read, ask, run and write. Frozen: two equal jobs do the same work."""
-
-    job: JobSection = JobSection()
-    input: InputSection
-    prompt: PromptSection
-    sampling: SamplingSection = SamplingSection()
-    model: ModelSection
-    engine: EngineSection = EngineSection()
-    build: BuildSection = BuildSection()
-    output: OutputSection
-    checkpoint: CheckpointSection = CheckpointSection()
-    limits: LimitsSection = LimitsSection()
-    report: ReportSection = ReportSection()
-    ray: RaySection = RaySection()
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        overrides: Mapping[str, Any] | None = None,
-        environ: Mapping[str, str] | None = None,
-    ) -> Job:
-        """Read a job: overrides > ``BATCHINFER_*`` > file > defaults.
-
-        Args:
-            path: a TOML file; without one, overrides and environment say everything.
-            overrides: dotted key → value, ``{"sampling.max_tokens": 64}``.
-            environ: ``BATCHINFER_SECTION__KEY`` variables, ``os.environ`` unless given. Values are read as TOML, else
-                as text.
-
-        Raises:
-            JobError: the file is missing or not TOML, a key is unknown, a value has the wrong type or range. Every
-                problem is named with its key and where it came from.
-        """
-        origin: dict[str, str] = {}
-        tree: dict[str, Any] = {}
-        layers = [
-            (f"{path}", _read_toml(path) if path is not None else {}),
-            ("environment", _from_environ(os.environ if environ is None else environ)),
-            ("command line", _from_dotted(overrides or {})),
-        ]
-        for name, layer in layers:
-            _merge(tree, layer, origin, name)
-        return cls.from_dict(tree, origin)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Job:
-        """Validate a nested dict. ``origin`` maps dotted keys to where they came from, for messages."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise JobError(_explain(error, origin or {})) from None
-
-    def build_options(self) -> dict[str, Any]:
-        """What the build of a native engine is asked for."""
-        engine = {"device": self.engine.device, "dtype": self.engine.dtype}
-        engine["profiles"] = [profile.model_dump() for profile in self.engine.profile]
-        build = self.build.model_dump(include={"quantization", "group_size", "max_quality_loss", "kv_dtype"})
-        return engine | build | {"calibration_key": self.calibration_key()}
-
-    def calibration_key(self) -> str:
-        """Names the prompts that a build calibrates with.
-
-        Rows may be appended while a job is under way: its engine stays the one that it was begun with.
-        """
-        asked = [self.input.path, self.prompt.model_dump(mode="json"), self.build.calibration_rows]
-        return json.dumps(asked, sort_keys=True)
-
-    def changed(self, overrides: Mapping[str, Any]) -> Job:
-        """This job with other values for some dotted keys. Raises: JobError as ``load``."""
-        tree, origin = self.model_dump(), {}
-        _merge(tree, _from_dotted(overrides), origin, "command line")
-        return self.from_dict(tree, origin)
-
-    def semantic(self) -> dict[str, Any]:
-        """The part of the job that decides what a row's completion is; the rest may change between runs.
-
-        The engine adds its own part (weights, tokenizer, dtype): see ``Backend.fingerprint``.
-        """
-        columns = self.output.columns and (*filter(None, [self.input.id_column]), *self.output.columns)
-        chosen = {"columns", "filter", "sample", "sample_seed", "limit"}
-        return {
-            "input": self.input.model_dump(mode="json", include=chosen),
-            "prompt": self.prompt.model_dump(mode="json"),
-            "sampling": self.sampling.model_dump(mode="json"),
-            "output": {"columns": columns, "prefix": self.output.prefix},
-        }
-
-
-def starter() -> str:
-    """A job file to start from: the keys that a job must have, and all others as comments with their defaults."""
-    examples = ("prompts.parquet", "Summarise in one sentence: {{ text }}", "smollm2-135m-instruct", "out")
-    needed = dict(zip(_NEEDED.values(), examples))
-    head = "# A batchinfer job. Relative paths count from the folder in which batchinfer is started.\n"
-    sections = ((name, section.annotation) for name, section in Job.model_fields.items())
-    return "\n".join([head, *("\n".join(_starter_section(name, section, needed)) for name, section in sections)])
-
-
-def _starter_section(name: str, section: Any, needed: Mapping[str, str]) -> Iterator[str]:
-    yield f"[{name}]"
-    nested = []
-    for key, about in section.model_fields.items():
-        default = needed.get(f"{name}.{key}", about.get_default(call_default_factory=True))
-        if isinstance(default, tuple) and default and isinstance(default[0], Section):
-            [default] = default
-        if isinstance(default, Section) and not isinstance(default, RangeSection):
-            nested.append((f"{name}.{key}", type(default)))
-            continue
-        shown = '"…"' if default is None else json.dumps(0 if isinstance(default, RangeSection) else default)
-        line = f"{key} = {shown}" if f"{name}.{key}" in needed else f"# {key} = {shown}"
-        yield f"{line:<40}  # {about.description}" if about.description else line
-    yield ""
-    for inner in nested:
-        yield from _starter_section(*inner, needed)
-
-
-def parse_value(text: str) -> Any:
-    """A value typed on a command line or in a variable: TOML if it is TOML (``3``, ``true``, ``["a"]``), else text."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise JobError(f"no job file at {path}; `batchinfer init` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read the job file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise JobError(f"{path} is not valid TOML: {error}") from None
-
-
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    """``BATCHINFER_ENGINE__THREADS=2`` → ``{"engine": {"threads": 2}}``; names without ``__`` are not job keys."""
-    names = (name for name in sorted(environ) if name.startswith(ENV_PREFIX) and "__" in name)
-    return _from_dotted({n.removeprefix(ENV_PREFIX).lower().replace("__", "."): parse_value(environ[n]) for n in names})
-
-
-def _from_dotted(values: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise JobError(f"cannot set {key}: {parent} is a value, not a section")
-        node[leaf] = value
-    return tree
-
-
-def _merge(tree: dict[str, Any], layer: Mapping[str, Any], origin: dict[str, str], name: str, prefix: str = "") -> None:
-    for key, value in layer.items():
-        origin[prefix + key] = name
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value, origin, name, f"{prefix}{key}.")
-        elif isinstance(value, dict):
-            tree[key] = {}
-            _merge(tree[key], value, origin, name, f"{prefix}{key}.")
-        else:
-            tree[key] = value
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the section that ``location`` lies in."""
-    model: Any = Job
-    for part in location:
-        model = _section(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _section(annotation: Any) -> Any:
-    """The type itself, or that of the items of a tuple."""
-    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
-
-
-_NEEDED = {"input": "input.path", "prompt": "prompt.template", "model": "model.path", "output": "output.path"}
-
-
-def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
-    lines = []
-    for problem in error.errors():
-        location = tuple(part for part in problem["loc"] if isinstance(part, str))
-        key = ".".join(location)
-        where = f" ({origin[key]})" if key in origin else ""
-        kind = problem["type"]
-        if kind == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{where}{_nearest(location[-1], _fields_at(location[:-1]))}")
-        elif kind == "missing":
-            key = _NEEDED.get(key, key)
-            lines.append(f"missing {key}: the job must say it in the file or with --set {key}=…")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            field = f"{key}.{message.split(maxsplit=1)[0]}"  # a section's own checks begin with the field they mean
-            where = f" ({origin[field]})" if field in origin else where
-            shown = f", got {redacted(repr(problem['input']))}" if kind != "value_error" else ""
-            lines.append(f"{key or 'job'}{where}: {message[0].lower() + message[1:]}{shown}")
-    return "\n".join(lines) if len(lines) == 1 else "the job has several problems:\n  " + "\n  ".join(lines)
