@@ -72,6 +72,12 @@ def test_run_ends_with_a_table_and_a_summary_line(demo_tokenizer_dir):
     assert pq.read_table("out").num_rows == 3
 
 
+def test_the_table_is_no_wider_than_the_terminal(demo_tokenizer_dir, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    *table, _ = invoke("run", "job.toml", "--template", "{{ text }} and on and on " * 9).stdout.splitlines()
+    assert max(map(len, table)) <= 60
+
+
 def test_a_run_stopped_before_any_row_shows_no_table(monkeypatch):
     stopped = Summary(Path("out"), "stopped", ExitCode.STOPPED)
     monkeypatch.setattr(batchinfer.runner, "run", lambda *_, **__: stopped)

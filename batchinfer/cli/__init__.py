@@ -13,7 +13,7 @@ from batchinfer.cli.outputs import report, status, vacuum, verify
 from batchinfer.cli.prepare import build, doctor, init, plan, validate
 from batchinfer.cli.retry import retry
 from batchinfer.cli.run import run
-from batchinfer.cli.shared import say
+from batchinfer.cli.shared import WIDTH, say
 from batchinfer.errors import BatchInferError, ExitCode
 
 INTERRUPTED = 130  # by convention, 128 + SIGINT
@@ -40,7 +40,7 @@ class Commands(click.Group):
             ctx.exit(int(ExitCode.CRASH))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH})
 @click.version_option(__version__, prog_name="batchinfer")
 def main() -> None:
     """Offline batch inference for large language models: Parquet in, Parquet out, resumable.

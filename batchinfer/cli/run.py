@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchinfer.cli.shared import json_option, log_format_option, parse_settings, say, set_option, verbose_option
+from batchinfer.cli.shared import (
+    WIDTH,
+    json_option,
+    log_format_option,
+    parse_settings,
+    say,
+    set_option,
+    verbose_option,
+)
 from batchinfer.errors import ExitCode, JobError
 
 if TYPE_CHECKING:
@@ -141,7 +150,7 @@ def _first_completions(job: Job, summary: Summary, count: int = 5) -> str:
         tbl_formatting="UTF8_FULL",
         tbl_cols=-1,
         fmt_str_lengths=160,
-        tbl_width_chars=110,
+        tbl_width_chars=min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH),
     ):
         return str(pl.DataFrame(cells, dict.fromkeys(cells, pl.String)))
 

@@ -11,6 +11,8 @@ import click
 from batchinfer import log
 from batchinfer.errors import JobError
 
+WIDTH = 110  # columns of text, on a terminal that has as many
+
 
 def _note_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     ctx.meta["verbose"] = value
