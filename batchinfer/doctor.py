@@ -14,6 +14,7 @@ from batchinfer import __version__
 from batchinfer.backends.tensorrt_llm.versions import INSTALL, installed
 from batchinfer.errors import ModelError
 from batchinfer.host import available_cores, available_memory
+from batchinfer.words import counted
 
 # What people call it → the name it is installed under.
 _PACKAGES = {
@@ -52,7 +53,7 @@ def examine() -> Diagnosis:
     found = {
         "batchinfer": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "CPU": f"{available_cores()} cores, {available_memory() / 2**30:.1f} GiB free, "
+        "CPU": f"{counted(available_cores(), 'core')}, {available_memory() / 2**30:.1f} GiB free, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "compiler": _compiler(),
         "GPU": "; ".join(f"{g['name']} (sm_{g['compute_cap'].replace('.', '')}, {g['memory.total']})" for g in gpus)

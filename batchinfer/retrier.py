@@ -28,6 +28,7 @@ from batchinfer.deadline import ends_at
 from batchinfer.errors import ExitCode, JobError
 from batchinfer.job import Job
 from batchinfer.runner import Columns, work
+from batchinfer.words import counted
 
 ENGINE = ("model", "engine", "build")
 DECIDING = ("prompt", "sampling", *ENGINE)  # sections that may differ for the rows of a retry
@@ -90,8 +91,8 @@ class Chosen:
     def __str__(self) -> str:
         again = f" (left of retry {self.resumes}, which was interrupted)" if self.resumes else ""
         return (
-            f"{self.rows:,} of {self.of:,} rows in {self.parts:,} part(s) would be answered again{again}: "
-            f"{self.where} · {self.output}"
+            f"{self.rows:,} of {counted(self.of, 'row')} in {counted(self.parts, 'part')} would be answered "
+            f"again{again}: {self.where} · {self.output}"
         )
 
 

@@ -93,7 +93,7 @@ def test_the_table_shows_cells_that_polars_cannot_and_a_column_once(demo_tokeniz
     result = invoke("run", "job.toml", "--set", "limits.max_failed_fraction=1", *words)
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.replace("┆", " ").replace("│", " ").split())  # cells are wrapped
-    assert "1.50" in shown and "not valid" in shown and "1 rows (1 failed)" in shown
+    assert "1.50" in shown and "not valid" in shown and "1 row (1 failed)" in shown
 
 
 def test_a_second_run_says_that_the_job_is_complete(demo_tokenizer_dir):
@@ -139,7 +139,8 @@ def test_a_changed_prompt_is_drift(demo_tokenizer_dir):
         (("job.toml", "--template", "{{ txt }}"), "did you mean 'text'?"),
         (("job.toml", "--template", "{{ text"), "prompt.template is not a valid jinja2 template"),
         (("job.toml", "-o", "job.toml/out"), "job.toml"),
-        ((), "missing input.path"),
+        ((), "nothing to run: name a job file"),
+        (("-i", "prompts.parquet"), "missing output.path"),
     ],
 )
 def test_what_cannot_run_is_one_message_and_exit_code_2(words, wanted):
@@ -171,7 +172,7 @@ def test_an_expected_failure_has_no_traceback_and_an_unexpected_one_only_with_v(
 
 def test_validate_checks_without_running(demo_tokenizer_dir, folder):
     result = invoke("validate", "job.toml")
-    assert result.exit_code == 0 and "3 rows in one file, uses text" in result.stdout
+    assert result.exit_code == 0 and "3 rows in 1 file, uses text" in result.stdout
     tried = invoke("validate", "job.toml", "--rows", "10", "--json")
     found = json.loads(tried.stdout)
     assert (tried.exit_code, found["tried"], list(found["failures"])) == (3, 3, ["2"])
@@ -195,7 +196,7 @@ def test_validate_counts_rows_over_all_files(demo_tokenizer_dir):
 def test_validate_passes_over_the_job_s_own_output_as_run_does(demo_tokenizer_dir):
     here = ("job.toml", "--set", "input.path=.")
     assert invoke("run", *here).exit_code == 0
-    assert "3 rows in one file" in invoke("validate", *here).stdout
+    assert "3 rows in 1 file" in invoke("validate", *here).stdout
 
 
 def test_status_and_verify_read_what_was_committed(demo_tokenizer_dir, folder):
@@ -205,15 +206,15 @@ def test_status_and_verify_read_what_was_committed(demo_tokenizer_dir, folder):
     invoke("run", "job.toml")
     assert invoke("status", "job.toml").stdout.startswith("complete · 3 rows committed (1 failed)")
     assert json.loads(invoke("status", "out", "--json").stdout)["state"] == "complete"
-    assert invoke("verify", "out").stdout.startswith("3 rows in 1 part(s) as they were committed")
+    assert invoke("verify", "out").stdout.startswith("3 rows in 1 part as they were committed")
     [part] = (folder / "out").rglob("*.parquet")
     part.write_bytes(part.read_bytes()[:-9] + b"\0" * 9)
     assert part.name in refused(6, "verify", "out")
 
 
 def test_init_writes_a_job_file_and_never_over_one():
-    assert invoke("init", "new.toml").exit_code == 0
-    assert invoke("validate", "new.toml").exit_code == 0
+    assert invoke("init", "jobs/new.toml").exit_code == 0
+    assert invoke("validate", "jobs/new.toml").exit_code == 0
     assert "exists already" in refused(2, "init", "job.toml")
 
 

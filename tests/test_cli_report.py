@@ -39,8 +39,8 @@ def invoke(*words: str):
 def test_plan_foretells_and_writes_nothing(demo_tokenizer_dir, folder):
     result = invoke("plan", "job.toml", "--tok-s", "100")
     assert result.exit_code == 0, result.output
-    assert "3 rows in one file" in result.stdout and "█" in result.stdout and "100 tok/s as told" in result.stdout
-    assert "1 sampled rows (33.3%) fail" in result.stdout and "One bird" not in result.stdout
+    assert "3 rows in 1 file" in result.stdout and "█" in result.stdout and "100 tok/s as told" in result.stdout
+    assert "1 sampled row failed (33.3%)" in result.stdout and "One bird" not in result.stdout
     assert not (folder / "out.batchinfer").exists()
 
 

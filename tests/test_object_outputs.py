@@ -55,7 +55,7 @@ def test_a_job_is_looked_at_run_told_of_verified_and_cleaned(folder, bucket):
     assert "row number 4" in ran.stdout and "300 rows · 5,180 tokens in, 5,180 out" in ran.stdout and out in ran.stdout
     assert "The job is complete" in invoke("run", "job.toml").stdout
     assert json.loads(invoke("status", out, "--json").stdout)["state"] == "complete"
-    assert invoke("verify", "job.toml").stdout == f"300 rows in 6 part(s) as they were committed · {out}\n"
+    assert invoke("verify", "job.toml").stdout == f"300 rows in 6 parts as they were committed · {out}\n"
     manifest = bucket.get("out.batchinfer/manifest.json")
     assert [part["part"] for part in json.loads(manifest)["parts"]] == [
         name.removeprefix("out/") for name in bucket.names("out")

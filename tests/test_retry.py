@@ -274,7 +274,7 @@ def test_a_dry_run_counts_and_does_nothing(tmp_path, job):
     with Ledger(tmp_path / "out"):
         chosen = dry_run(tmp_path / "out")
     assert dataclasses.astuple(chosen)[2:] == (22, 5, 230, None)
-    assert str(chosen).startswith("22 of 230 rows in 5 part(s) would be answered again: ")
+    assert str(chosen).startswith("22 of 230 rows in 5 parts would be answered again: ")
     after = {p: p.read_bytes() for p in (tmp_path / "out.batchinfer").rglob("*") if p.is_file()}
     assert {p.name for p in before.keys() ^ after.keys()} <= {"lock"}
 

@@ -8,6 +8,7 @@ import click
 
 from batchinfer.cli.shared import json_option, parse_settings, say, set_option, verbose_option
 from batchinfer.errors import ExitCode
+from batchinfer.words import counted
 
 
 @click.command("export-openai")
@@ -35,8 +36,8 @@ def export_openai(job_file: str, output: str, model: str | None, settings: tuple
         files = [str(path) for path in done.files]
         click.echo(json.dumps({"files": files, "requests": done.requests, "failed": done.failed}))
     else:
-        failed = f" ({done.failed:,} rows cannot be asked)" if done.failed else ""
-        click.echo(f"{done.requests:,} requests{failed} · {' '.join(map(str, done.files))}")
+        failed = f" ({counted(done.failed, 'row')} cannot be asked)" if done.failed else ""
+        click.echo(f"{counted(done.requests, 'request')}{failed} · {' '.join(map(str, done.files))}")
     too_many = done.failed > job.limits.max_failed_fraction * done.rows
     click.get_current_context().exit(int(ExitCode.FAILED_ROWS if too_many else ExitCode.OK))
 

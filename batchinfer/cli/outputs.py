@@ -9,6 +9,7 @@ import click
 
 from batchinfer.cli.shared import json_option, output_of, verbose_option
 from batchinfer.errors import JobError
+from batchinfer.words import counted
 
 
 @click.command()
@@ -59,7 +60,8 @@ def verify(job_or_output: str) -> None:
 
     output = look(output_of(job_or_output)).output
     with Ledger(output) as ledger:
-        click.echo(f"{ledger.verify():,} rows in {len(ledger.commits):,} part(s) as they were committed · {output}")
+        rows, parts = counted(ledger.verify(), "row"), counted(len(ledger.commits), "part")
+        click.echo(f"{rows} in {parts} as they were committed · {output}")
 
 
 @click.command()

@@ -30,6 +30,7 @@ def init(path: str) -> None:
 
     target = Path(path)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(starter())
     except FileExistsError:

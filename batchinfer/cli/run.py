@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,16 @@ def run(
     batchinfer run -i prompts.parquet -o out/ -m smollm2-135m-instruct --template "Summarise: {{ text }}"
     """
     from batchinfer.job import Job
+    from batchinfer.job.layers import from_environ
     from batchinfer.runner import run as work
 
     named = {_FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
-    job = Job.load(job_file, named | parse_settings(settings))
+    named |= parse_settings(settings)
+    if job_file is None and not named and not from_environ(os.environ):
+        raise JobError(
+            "nothing to run: name a job file (`batchinfer init` writes one), or give -i, -o, -m and --template"
+        )
+    job = Job.load(job_file, named)
     progress = False if quiet else None
     summary = work(job, progress=progress, fork=fork) if ray is None else _on_ray(job, ray, progress, fork)
     if as_json:

@@ -37,9 +37,9 @@ def find_column(schema: pa.Schema, name: str, wanted_by: str, of: str = "the inp
     if at:
         raise InputError(f"{wanted_by} needs column {name!r}, and {of} has {len(at)} columns of that name")
     close = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     shown = ", ".join(schema.names[:30]) + (", …" if len(schema.names) > 30 else "")
-    raise InputError(f"{wanted_by} needs column {name!r}, which {of} lacks; {hint}It has: {shown or 'no column'}")
+    raise InputError(f"{wanted_by} needs column {name!r}, which {of} lacks{hint} It has: {shown or 'no column'}")
 
 
 def is_text(kind: pa.DataType) -> bool:

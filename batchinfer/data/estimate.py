@@ -20,7 +20,6 @@ from batchinfer.data.journal import ResultSchema
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import look
 from batchinfer.data.prompt import PromptRenderer, check_columns
-from batchinfer.data.report import clock
 from batchinfer.data.series import average_rate, read_runs
 from batchinfer.data.sink import OutputSchema
 from batchinfer.data.source import Source, Unit
@@ -28,6 +27,7 @@ from batchinfer.data.stats import Lengths, kind_of
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion, Request
+from batchinfer.words import clock, counted
 
 PREDICTION = "prediction.json"
 CHUNK_ROWS = 512  # rendered at a time
@@ -73,8 +73,7 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        files = f"{self.files:,} files" if self.files > 1 else "one file"
-        lines = [f"{self.rows:,} rows in {files}; looked at {self.sampled:,} of them"]
+        lines = [f"{counted(self.rows, 'row')} in {counted(self.files, 'file')}; looked at {self.sampled:,} of them"]
         if self.prompt.count:
             lines += ["", "prompt tokens", *_bars(self.prompt)]
             named = {"mean": f"{self.prompt.mean:,.0f}"} | {k: f"{v:,}" for k, v in self.prompt.quantiles().items()}
@@ -93,14 +92,13 @@ class Estimate:
         if self.overlong:
             share, most = len(self.overlong) / self.sampled, self.longest_sequence - 1
             lines.append(
-                f"{len(self.overlong):,} sampled rows ({share:.1%}) have more than {most:,} prompt "
-                f"tokens, {_range(self.overlong_rows)} expected in all; prompt.on_overlong decides:"
+                f"{counted(len(self.overlong), 'sampled row')} of more than {most:,} prompt tokens ({share:.1%}), "
+                f"{_range(self.overlong_rows)} expected in all; prompt.on_overlong decides:"
             )
             lines += _first(f"  {row}: {tokens:,} tokens" for row, tokens in self.overlong.items())
         for kind, count in self.failures.most_common():
-            lines.append(
-                f"{count:,} sampled rows ({count / self.sampled:.1%}) fail: {kind} (first: {self.examples[kind]})"
-            )
+            share = f"{counted(count, 'sampled row')} failed ({count / self.sampled:.1%})"
+            lines.append(f"{share}: {kind} (first: {self.examples[kind]})")
         if self.sampled and not self.overlong and not self.failures:
             lines.append("every sampled row can be asked")
         return "\n".join(lines).rstrip()

@@ -15,6 +15,7 @@ from batchinfer.data.store import open_store
 from batchinfer.errors import JobError
 from batchinfer.job import Job
 from batchinfer.request import Completion
+from batchinfer.words import counted
 
 
 @dataclass
@@ -34,14 +35,12 @@ class Findings:
 
     def __str__(self) -> str:
         used = f"uses {', '.join(self.columns)}" if self.columns else "uses no column"
-        files = f"{self.files:,} files" if self.files > 1 else "one file"
         some = ", of which filter, sample and limit choose" if self.chooses else ""
-        lines = [f"The job is valid: {self.rows:,} rows in {files}{some}, {used}"]
+        lines = [f"The job is valid: {counted(self.rows, 'row')} in {counted(self.files, 'file')}{some}, {used}"]
         if self.tried:
             asked = self.tried - len(self.failures)
-            lines.append(
-                f"{asked:,} of the first {self.tried:,} rows can be asked, {self.prompt_tokens:,} prompt tokens"
-            )
+            tokens = counted(self.prompt_tokens, "prompt token")
+            lines.append(f"{asked:,} of the first {counted(self.tried, 'row')} can be asked, {tokens}")
         lines += [f"  row {row}: {why}" for row, why in list(self.failures.items())[:10]]
         return "\n".join(lines)
 
@@ -99,7 +98,7 @@ def look(output: str | os.PathLike[str]) -> Ledger:
     ledger = _Unlocked(output)
     ledger._load()
     if ledger.identity is None:
-        raise JobError(f"no job was begun in {ledger.output}: expected its control folder at {ledger.store.root}")
+        raise JobError(f"no job was begun in {ledger.output}: there is no {ledger.store.path('job.json')}")
     return ledger
 
 

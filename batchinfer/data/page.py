@@ -9,9 +9,10 @@ from typing import Any
 
 from batchinfer.data import panels
 from batchinfer.data.journal import Tally
-from batchinfer.data.report import clock, mishaps
+from batchinfer.data.report import mishaps
 from batchinfer.data.series import RunSeries, average_rate
 from batchinfer.data.survey import Survey
+from batchinfer.words import clock, counted
 
 # Nothing is fetched and nothing runs, whatever a completion says.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -91,7 +92,8 @@ def _notes(found: Survey) -> Iterator[str]:
         hint = "They may be on their way; " if found.state == "running" else ""
         yield _note(
             "--amber",
-            f"{found.unread:,} committed part(s) could not be read. {hint}<code>batchinfer verify</code> tells more.",
+            f"{counted(found.unread, 'committed part')} could not be read. {hint}<code>batchinfer verify</code> tells "
+            "more.",
         )
 
 

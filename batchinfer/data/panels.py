@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from batchinfer.data.charts import Line, bars, compact, histogram, line_chart
-from batchinfer.data.report import clock
 from batchinfer.data.series import RunSeries
 from batchinfer.data.stats import Lengths
 from batchinfer.data.survey import Sample, Survey
+from batchinfer.words import clock
 
 BUCKETS = 90  # of a chart over time, as a screen has so many points
 ROWS_A_RATE = 30  # that a rate is told of at least: tokens are counted as rows finish, and those come in bursts

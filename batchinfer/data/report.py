@@ -24,6 +24,7 @@ from batchinfer.errors import ExitCode
 from batchinfer.host import peak_rss
 from batchinfer.log import is_json, say
 from batchinfer.request import Load
+from batchinfer.words import clock, counted
 
 SUMMARY = "summary.json"
 SHARDS = "shards"
@@ -87,8 +88,10 @@ class Summary:
     def __str__(self) -> str:
         if self.retry:
             return f"{_of_retry(self.retry)} · {dataclasses.replace(self, retry=None)}"
-        done = f"{self.job.rows:,}" if self.state == "complete" else f"{self.job.rows + self.logged:,} of {self.rows:,}"
-        parts = [f"{f'shard {self.shard}: ' * bool(self.shard)}{done} rows{self.job.losses}"]
+        done = counted(self.job.rows, "row")
+        if self.state == "stopped":
+            done = f"{self.job.rows + self.logged:,} of {counted(self.rows, 'row')}"
+        parts = [f"{f'shard {self.shard}: ' * bool(self.shard)}{done}{self.job.losses}"]
         counts = self.job if self.state == "complete" else self.run
         parts.append(f"{counts.prompt_tokens:,} tokens in, {counts.completion_tokens:,} out")
         if self.run.rows:
@@ -110,14 +113,14 @@ def _of_retry(told: dict[str, Any]) -> str:
     if not told["rows"]:
         return f"no row to retry, none has {told['where']}"
     kept = f", {told['kept']:,} failed and kept what they had" if told["kept"] else ""
-    return f"retry {told['retry']}: {told['superseded']:,} of {told['rows']:,} rows superseded{kept}"
+    return f"retry {told['retry']}: {told['superseded']:,} of {counted(told['rows'], 'row')} superseded{kept}"
 
 
 def mishaps(details: dict[str, Any]) -> str:
     """What an engine's process went through, of a Load's details; nothing if all went well."""
     restarts, aside = details.get("restarts", 0), details.get("quarantined", 0)
-    times = f"engine restarted {restarts:,} time{'s' * (restarts != 1)}" if restarts else ""
-    return times + (f", {aside:,} row{'s' * (aside != 1)} set aside" if aside else "")
+    times = f"engine restarted {counted(restarts, 'time')}" if restarts else ""
+    return times + (f", {counted(aside, 'row')} set aside" if aside else "")
 
 
 def _counts(tally: Tally) -> dict[str, Any]:
@@ -285,12 +288,3 @@ class Progress:
         if self._tally.rows:
             left = f", {clock(seconds / self._tally.rows * (self._rows - done))} left"
         return f"{done:,}/{self._rows:,} rows{share}, {self._engine()}{left}"
-
-
-def clock(seconds: float) -> str:
-    """A length of time for people: 4.2 s, 1:15 min, 2:03:00."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"

@@ -9,11 +9,12 @@ from typing import Any
 
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.look import look
-from batchinfer.data.report import clock, summarize
+from batchinfer.data.report import summarize
 from batchinfer.data.retries import outcome
 from batchinfer.data.series import read_runs
 from batchinfer.data.shards import WHOLE, running
 from batchinfer.shard import Shard
+from batchinfer.words import clock, counted
 
 MOST_SHOWN = 5  # kinds of failure, the commonest first
 
@@ -75,10 +76,12 @@ class Standing:
 
     def __str__(self) -> str:
         rows, job = self.ledger.rows, summarize(self.ledger, max_failed_fraction=1.0).job
-        share = f" of {rows:,} ({job.rows / rows:.0%})" if job.rows < rows else ""
+        done = counted(rows, "row")
+        if job.rows < rows:
+            done = f"{job.rows:,} of {done} ({job.rows / rows:.0%})"
         hint = ", run it again to go on" if self.state == "unfinished" else ""
         line = (
-            f"{self.state}{hint} · {job.rows:,}{share} rows committed{job.losses} · "
+            f"{self.state}{hint} · {done} committed{job.losses} · "
             f"{job.prompt_tokens:,} tokens in, {job.completion_tokens:,} out{self._retried()} · {self.ledger.output}"
         )
         more = [str(self.pace)] if self.pace else []
@@ -91,7 +94,7 @@ class Standing:
         if not self.ledger.retries:
             return ""
         last = outcome(self.ledger, self.ledger.retries[-1])
-        told = f" · retry {last['retry']}: {last['superseded']:,} of {last['rows']:,} rows superseded"
+        told = f" · retry {last['retry']}: {last['superseded']:,} of {counted(last['rows'], 'row')} superseded"
         left = last["rows"] - last["superseded"] - last["kept"]
         return told + (f", {left:,} left, retry it again to go on" if left and not self.running else "")
 

@@ -38,7 +38,8 @@ class RowTemplate:
             self.columns = _columns(tree, environment)
             self._rendered = _compiled(environment, _respelled(tree, spell), {})
         except TemplateSyntaxError as error:
-            raise JobError(f"{key} is not a valid jinja2 template: {error.message} (its line {error.lineno})") from None
+            why = f"{str(error.message).rstrip('.')} (its line {error.lineno})"
+            raise JobError(f"{key} is not a valid jinja2 template: {why}") from None
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Raises jinja2.TemplateError, or whatever the template's own operations raise."""

@@ -13,6 +13,7 @@ from batchinfer.data.commits import Commit
 from batchinfer.data.ledger import Ledger
 from batchinfer.data.leftovers import lives
 from batchinfer.data.look import look
+from batchinfer.words import counted
 
 PART = re.compile(r"part-\d+-\d+\.parquet")  # Ledger.part_name
 
@@ -33,7 +34,8 @@ class Vacuumed:
         lines = list(self.files)
         lines += [f"{path} stays: batchinfer did not write it" for path in self.foreign]
         verb, size = "would remove" if self.dry_run else "removed", sum(self.files.values())
-        done = f"{verb} {len(self.files):,} file(s), {size:,} bytes" if self.files else "nothing to remove"
+        removed = f"{verb} {counted(len(self.files), 'file')}, {counted(size, 'byte')}"
+        done = removed if self.files else "nothing to remove"
         return "\n".join([*lines, f"{done} · {self.output}"])
 
 

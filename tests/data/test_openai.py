@@ -261,7 +261,7 @@ def test_the_command_line_there_and_back(tmp_path):
     )
     batch = tmp_path / "batch.jsonl"
     result = CliRunner().invoke(main, ["export-openai", str(toml), "-o", str(batch)])
-    assert result.exit_code == 0 and result.stdout == f"2 requests (1 rows cannot be asked) · {batch}\n"
+    assert result.exit_code == 0 and result.stdout == f"2 requests (1 row cannot be asked) · {batch}\n"
     assert "row in.parquet#1 cannot be asked: " in result.stderr and "sampling.top_k" in result.stderr
     requests = [json.loads(line) for line in batch.read_text().splitlines()]
     assert {request["body"]["model"] for request in requests} == {"tiny"}

@@ -191,7 +191,7 @@ def test_a_part_that_cannot_be_read_is_told_and_the_others_shown(tmp_path):
     second.write_bytes(b"no parquet")
     found = survey(tmp_path / "out")
     assert found.unread == 2 and found.prompt.count == 300 - 2 * 64
-    assert "2 committed part(s) could not be read" in report_of(tmp_path)[1]
+    assert "2 committed parts could not be read" in report_of(tmp_path)[1]
 
 
 @pytest.mark.parametrize("actual, verdict", [(100, "as predicted"), (10, "100% more"), (1000, "80% less")])

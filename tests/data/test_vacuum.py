@@ -49,7 +49,7 @@ def test_a_dry_run_tells_all_and_changes_nothing(tmp_path, rubbish):
     before = everything(tmp_path)
     done = vacuum(tmp_path / "out", dry_run=True)
     assert sorted(done.files) == rubbish and everything(tmp_path) == before
-    assert str(done).endswith(f"would remove 7 file(s), {sum(done.files.values())} bytes · {tmp_path / 'out'}")
+    assert str(done).endswith(f"would remove 7 files, {sum(done.files.values())} bytes · {tmp_path / 'out'}")
 
 
 def test_rubbish_goes_and_all_else_stays(tmp_path, rubbish):
