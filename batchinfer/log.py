@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any, Literal
 
+OVER_BAR = "\r\x1b[K"  # to the beginning of the line, and nothing is left of what stands there
 _format: Literal["text", "json"] = "text"
 
 
@@ -23,7 +24,7 @@ def is_json() -> bool:
 def line(message: str, level: str = "info", **fields: Any) -> str:
     """A line as it is said, its end included. ``fields`` are for machines, and in the message for people."""
     if _format == "text":
-        return f"batchinfer: {message}\n"
+        return f"{OVER_BAR if sys.stderr.isatty() else ''}batchinfer: {message}\n"
     now = time.time()
     moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
     return json.dumps({"time": moment, "level": level, "message": message, **fields}, ensure_ascii=False) + "\n"

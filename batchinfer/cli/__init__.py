@@ -22,6 +22,10 @@ INTERRUPTED = 130  # by convention, 128 + SIGINT
 class Commands(click.Group):
     """Turns failures into one line on stderr and an exit code; a traceback is for `-v` alone."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they are met, not by their letters."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

@@ -38,7 +38,7 @@ def bench_engine(**options: Any) -> None:
     click.echo(json.dumps(engine(**options)))
 
 
-@bench.command("pipeline")
+@bench.command("pipeline", short_help="Rows a second of everything but the engine.")
 @model_option
 @click.option("--rows", type=click.IntRange(1), default=50_000, show_default=True)
 @repeats_option
@@ -50,7 +50,7 @@ def bench_pipeline(**options: Any) -> None:
     click.echo(json.dumps(pipeline(**options)))
 
 
-@bench.command("pipeline-sim")
+@bench.command("pipeline-sim", short_help="Stages measured, simulated and foretold.")
 @model_option
 @click.option("--requests", type=click.IntRange(8), default=256, show_default=True)
 @click.option("--gpus", is_flag=True, help="Only foretell a 70B model on 8 and 32 GPUs, by arithmetic.")

@@ -11,7 +11,7 @@ from batchinfer.errors import ExitCode
 from batchinfer.words import counted
 
 
-@click.command("export-openai")
+@click.command("export-openai", short_help="Prompts as requests of OpenAI's batch API.")
 @click.argument("job_file", metavar="JOB.toml")
 @click.option("-o", "--output", required=True, metavar="BATCH.jsonl", help="Where the requests go; more files beside.")
 @click.option("--model", metavar="NAME", help="What the service calls the model; the job's model unless given.")
@@ -42,7 +42,7 @@ def export_openai(job_file: str, output: str, model: str | None, settings: tuple
     click.get_current_context().exit(int(ExitCode.FAILED_ROWS if too_many else ExitCode.OK))
 
 
-@click.command("import-openai")
+@click.command("import-openai", short_help="Results of OpenAI's batch API as an output.")
 @click.argument("job_file", metavar="JOB.toml")
 @click.argument("results", metavar="RESULTS.jsonl...", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, metavar="FOLDER", help="Where the Parquet parts go, a folder or a URL.")

@@ -24,7 +24,7 @@ def status(job_or_output: str, as_json: bool) -> None:
     click.echo(json.dumps(found.as_dict()) if as_json else str(found))
 
 
-@click.command()
+@click.command(short_help="Write a page with plots about an output.")
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @click.option("-o", "--output", metavar="FILE", help="The page; OUT.batchinfer/report.html unless given.")
 @click.option("--samples", type=click.IntRange(0), default=6, show_default=True, help="Completions to show.")
@@ -50,7 +50,7 @@ def report(job_or_output: str, output: str | None, samples: int) -> None:
     click.echo(output)
 
 
-@click.command()
+@click.command(short_help="Read everything committed again and compare.")
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @verbose_option
 def verify(job_or_output: str) -> None:
@@ -64,7 +64,7 @@ def verify(job_or_output: str) -> None:
         click.echo(f"{rows} in {parts} as they were committed · {output}")
 
 
-@click.command()
+@click.command(short_help="Remove what killed runs left behind.")
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 @json_option

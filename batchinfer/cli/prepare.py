@@ -11,7 +11,7 @@ from batchinfer.cli.shared import json_option, log_format_option, parse_settings
 from batchinfer.errors import ExitCode, JobError
 
 
-@click.command()
+@click.command(short_help="What is installed here, and which engines can run.")
 @json_option
 @verbose_option
 def doctor(as_json: bool) -> None:
@@ -40,7 +40,7 @@ def init(path: str) -> None:
     click.echo(f"wrote {path}; next: edit it, then  batchinfer validate {path}")
 
 
-@click.command()
+@click.command(short_help="Check a job without loading the model.")
 @click.argument("job_file", metavar="JOB.toml")
 @set_option
 @click.option(
@@ -61,7 +61,7 @@ def validate(job_file: str, settings: tuple[str, ...], rows: int, as_json: bool)
     click.get_current_context().exit(int(ExitCode.FAILED_ROWS if found.failures else ExitCode.OK))
 
 
-@click.command()
+@click.command(short_help="Foretell tokens, time and failures from a sample.")
 @click.argument("job_file", metavar="JOB.toml")
 @set_option
 @click.option("--sample", type=click.IntRange(1), default=1000, show_default=True, help="Rows to look at.")
@@ -85,7 +85,7 @@ def plan(
         click.echo(f"kept in {keep(found, job.output.path)}", err=True)
 
 
-@click.command()
+@click.command(short_help="Convert a model once, for runs that start fast.")
 @click.argument("job_file", metavar="[JOB.toml]", required=False)
 @click.option("-m", "--model", metavar="MODEL", help="Hugging Face folder, .gguf file or name of an installed model.")
 @click.option("-o", "--output", metavar="FOLDER", help="Where the engine goes; the cache unless given.")

@@ -10,7 +10,7 @@ from batchinfer.cli.shared import json_option, log_format_option, parse_settings
 from batchinfer.errors import ExitCode
 
 
-@click.command()
+@click.command(short_help="Answer some rows of an output again.")
 @click.argument("job_or_output", metavar="JOB.toml|OUT")
 @click.option("--where", metavar="SQL", help="Which rows, over the output's columns; those with an error unless given.")
 @click.option("--deadline", metavar="06:00", help="Stop taking up rows then; or an ISO date and time.")

@@ -28,6 +28,7 @@ from batchinfer.words import clock, counted
 
 SUMMARY = "summary.json"
 SHARDS = "shards"
+BAR = "{percentage:3.0f}%|{bar}| {n:,}/{total:,} rows, {remaining} left{postfix}"  # what is before and behind has room
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ class Progress:
             return
         from tqdm import tqdm
 
-        with tqdm(total=self._rows, initial=self._done(), unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+        how = {"bar_format": BAR, "file": sys.stderr, "dynamic_ncols": True}
+        with tqdm(total=self._rows, initial=self._done(), **how) as bar:
             ended = False
             while not ended:
                 ended = self._ended.wait(self._interval)

@@ -14,6 +14,7 @@ from batchinfer.data.report import Progress, Summary
 from batchinfer.data.sink import OutputSchema
 from batchinfer.errors import ExitCode, InputError, JobError
 from batchinfer.job import OutputSection
+from batchinfer.log import say
 from batchinfer.request import Load
 
 
@@ -49,11 +50,18 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch)
     )
 
 
-def test_progress_false_is_silent_and_a_terminal_gets_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_what_is_said_on_a_terminal_takes_the_place_of_the_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", told := Terminal())
+    say("stopping")
+    assert told.getvalue() == "\r\x1b[Kbatchinfer: stopping\n"
+
+
+def test_progress_false_is_silent_and_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", told := Terminal())
     with Progress(100, lambda: 50, Tally(), Load, 0.01, False):
         time.sleep(0.05)
