@@ -58,7 +58,7 @@ def _each(quantize: Callable[..., Group], *, grouped: bool = False, seen: bool =
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("fp8", _each(fp8.quantize), 0.01),
+        Scheme("fp8", _each(fp8.quantize, seen=True), 0.01, calibrated=True),
         Scheme("int8", _each(int8.quantize), 0.01),
         Scheme("int4", _each(int4.quantize, grouped=True), 0.03, grouped=True),
         Scheme("gptq", _each(gptq.quantize, grouped=True, seen=True), 0.03, calibrated=True, grouped=True),

@@ -7,10 +7,12 @@ nothing has to be reordered when the engine runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from batchinfer.engine.quant.int4 import Grid
+from batchinfer.engine.quant.int4 import MOST, Grid
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 BLOCK = 128  # columns whose errors are gathered before the rest hears of them
@@ -25,6 +27,26 @@ def quantize(
         hessian: ``x.T @ x`` of the linear's inputs, float32 ``[K, K]``, to any scale.
     """
     grid = Grid.over(weight, group)
+
+    def nearest(column: Tensor, i: int) -> Tensor:
+        step, zero = grid.scale[:, i // group], grid.zero[:, i // group]
+        return (((column / step).round() + zero).clamp_(0, MOST) - zero) * step
+
+    return grid.tensors(grid.codes(compensated(weight, hessian, nearest, act_order, damping), group), group)
+
+
+def compensated(
+    weight: Tensor,
+    hessian: Tensor,
+    nearest: Callable[[Tensor, int], Tensor],
+    act_order: bool = True,
+    damping: float = DAMPING,
+) -> Tensor:
+    """float32 ``[N, K]`` rounded so that products with the inputs behind ``hessian`` change least.
+
+    Args:
+        nearest: a column ``[N]`` and its place → the closest numbers that it can be.
+    """
     weight, hessian = weight.clone(), hessian.clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0  # inputs that calibration never saw
@@ -32,24 +54,20 @@ def quantize(
     weight[:, dead] = 0
     inputs = weight.shape[1]
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(inputs, device=weight.device)
+    places = order.tolist()
     weight, hessian = weight[:, order], hessian[order][:, order]
-    scale, zero = (values[:, order // group] for values in (grid.scale, grid.zero))
     inverse = _inverse_root(hessian, damping)
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rounded = torch.empty_like(weight)
     for first in range(0, inputs, BLOCK):
         block = slice(first, min(first + BLOCK, inputs))
         here, passed_on = weight[:, block], inverse[block, block]
         errors = torch.empty_like(here)
         for i in range(here.shape[1]):
-            column, step, at = here[:, i], scale[:, first + i], zero[:, first + i]
-            code = ((column / step).round() + at).clamp_(0, 15)
-            codes[:, first + i] = code.to(torch.uint8)
-            errors[:, i] = (column - (code - at) * step) / passed_on[i, i]
+            rounded[:, first + i] = nearest(here[:, i], places[first + i])
+            errors[:, i] = (here[:, i] - rounded[:, first + i]) / passed_on[i, i]
             here[:, i:] -= errors[:, i, None] * passed_on[None, i, i:]
         weight[:, block.stop :] -= errors @ inverse[block, block.stop :]
-    unordered = torch.empty_like(codes)
-    unordered[:, order] = codes
-    return grid.tensors(unordered, group)
+    return torch.empty_like(rounded).index_copy_(1, order, rounded)
 
 
 def _inverse_root(hessian: Tensor, damping: float) -> Tensor:

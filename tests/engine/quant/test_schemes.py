@@ -9,7 +9,7 @@ from batchinfer import Engine, SamplingParams
 from batchinfer.engine.build import build
 from batchinfer.engine.kernels.linear.int4 import dequantize
 from batchinfer.engine.model.spec import DecoderSpec
-from batchinfer.engine.quant import SCHEMES, awq, gptq, int4, smoothquant
+from batchinfer.engine.quant import SCHEMES, awq, fp8, gptq, int4, smoothquant
 from batchinfer.engine.quant.calibration import Inputs
 from batchinfer.errors import ModelError
 from tests.engine.tiny import DEVICES, make_model
@@ -45,10 +45,18 @@ def test_gptq_loses_far_less_than_rounding_on_the_same_grid(weight_and_inputs, a
     assert output_error(weight, weight_of(made), inputs) < 0.5 * output_error(weight, weight_of(rounded), inputs)
 
 
-def test_gptq_is_rounding_where_inputs_do_not_correlate(weight_and_inputs):
+def test_fp8_that_has_seen_inputs_loses_far_less_than_rounding(weight_and_inputs):
+    weight, inputs = weight_and_inputs
+    made, rounded = fp8.quantize(weight, inputs.hessian), fp8.quantize(weight)
+    assert torch.equal(made["scale"], rounded["scale"])
+    losses = [output_error(weight, one["fp8"].float() * one["scale"][:, None], inputs) for one in (made, rounded)]
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_what_makes_up_for_rounding_is_rounding_where_inputs_do_not_correlate(weight_and_inputs):
     weight, _ = weight_and_inputs
-    made, rounded = gptq.quantize(weight, torch.eye(128), 32), int4.quantize(weight, 32)
-    assert torch.equal(made["int4"], rounded["int4"])
+    assert torch.equal(gptq.quantize(weight, torch.eye(128), 32)["int4"], int4.quantize(weight, 32)["int4"])
+    assert torch.equal(fp8.quantize(weight, torch.eye(128))["fp8"].float(), fp8.quantize(weight)["fp8"].float())
 
 
 def test_gptq_does_without_what_calibration_never_saw(weight_and_inputs):
