@@ -20,7 +20,7 @@ from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
-GPU_PIECE_BYTES = 64 << 20  # each layer of it is a kernel's launch, which takes as long as copying megabytes
+GPU_PIECE_BYTES = 256 << 20  # each layer of it is a kernel's launch, which takes as long as copying megabytes
 
 
 def pages_of(step: StepBatch, page_size: int) -> np.ndarray:

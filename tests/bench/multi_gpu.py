@@ -30,6 +30,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import AHEAD, StepBatch
 from batchinfer.engine.simulate import simulate
+from batchinfer.engine.trace import Span
 from tests.bench import links
 from tests.bench.gpu import vllm
 from tests.bench.random_plan import make_plan
@@ -128,6 +129,8 @@ def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, 
                 run["over_one"] = round(run["output_tok_s"] / alone[name]["output_tok_s"], 3)
                 if not layout.prefill:
                     run["expected"] = _expect(plan, layout, jobs[name], alone[name], speeds)
+            if speeds and "moved_bytes_s" in run:
+                run["moved_link_share"] = round(run["moved_bytes_s"] / speeds["send"], 4)
             if speeds and layout.gpus > 1:
                 run["link_share"] = round(run["bytes_sent"] / run["seconds"] / layout.gpus / speeds["send"], 4)
             _tell(kind="speed", model=plan.model, layout=str(layout), workload=name, **run)
@@ -141,6 +144,7 @@ def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> dict
     tp, pp, prefill, micro_batches = layout
     plan = _with_rows(plan, ROWS * tp * pp)
     options = dict(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches)
+    options |= dict(trace=plan.path / "trace.json") if prefill else {}
     begun, found = time.perf_counter(), {}
     with contextlib.closing(Engine(plan, **options)) as engine:
         opened = time.perf_counter() - begun
@@ -170,10 +174,11 @@ def _run(engine: Engine, job: Workload) -> dict[str, Any]:
     if ranks:
         engine.stage.forget()
     before = engine.counters.copy()
-    with _timed_steps(engine) as steps:
+    with contextlib.nullcontext([]) if ranks else _timed_steps(engine) as steps:
         begun = time.perf_counter()
         made = sum(len(completion.outputs[0].token_ids) for completion in engine.generate(_requests(job)))
         seconds = time.perf_counter() - begun
+    moved = _moved(engine, [span for span in engine.trace.spans if span.begun > begun]) if engine.trace else {}
     assert made == sum(output for _, output in job)
     counted, told = engine.counters.minus(before), engine.stage.details()
     names = ("partition", "bubble", "rank_bubbles", "rank_step_ms", "rank_moving_pages", "slot_occupancy")
@@ -184,8 +189,24 @@ def _run(engine: Engine, job: Workload) -> dict[str, Any]:
         "steps": counted.steps,
         "schedule_seconds": round(counted.schedule_seconds, 2),
         **{name: told[name] for name in names if name in told},
+        **moved,
         **({} if ranks else {"steps_of_one": steps}),
     }
+
+
+def _moved(engine: Engine, spans: list[Span]) -> dict[str, float]:
+    """How fast keys and values came to the ranks that decode, while they came, and how much of that beside a step."""
+    spec, ranks = engine.plan.spec, engine.stage.layout.ranks
+    width = 1 if engine.plan.kv_dtype == "fp8" else 2
+    page = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width * engine.stage.page_size // len(ranks)
+    size = seconds = beside = 0.0
+    for rank in ranks:
+        came = [span for span in spans if span.rank == rank and span.name == "keys and values"]
+        steps = [span for span in spans if span.rank == rank and span.name != "keys and values"]
+        size += sum(span.about["pages"] * page for span in came)
+        seconds += sum(span.ended - span.begun for span in came)
+        beside += sum(max(0.0, min(a.ended, b.ended) - max(a.begun, b.begun)) for a in came for b in steps)
+    return {"moved_bytes_s": round(size / seconds), "moved_beside_steps": round(beside / seconds, 4)} if seconds else {}
 
 
 def _requests(job: Workload) -> list[Request]:
