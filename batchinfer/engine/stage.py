@@ -177,10 +177,10 @@ class Stage:
         return None if logits is None else self.kernels.sample(logits, step.sampling)
 
     def kv_views(self, layers: range, kv_heads: range) -> list[torch.Tensor]:
-        """Of each of the model's ``layers``, its pages of the model's ``kv_heads``: views ``[pages, kv_heads, …]``."""
+        """The pages of the model's ``kv_heads``, of all its ``layers``: views ``[pages, kv_heads, …]``."""
         heads = slice(kv_heads.start - self.shard.kv_heads.start, kv_heads.stop - self.shard.kv_heads.start)
-        caches = (self.caches[layer - self.shard.layers.start] for layer in layers)
-        return [self.decoder.attention.by_head(cache)[:, heads] for cache in caches]
+        caches = self.caches[layers.start - self.shard.layers.start : layers.stop - self.shard.layers.start]
+        return [view[:, heads] for view in self.decoder.attention.by_head(caches)]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -20,7 +20,7 @@ from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
-GPU_PIECE_BYTES = 256 << 20  # each layer of it is a kernel's launch, which takes as long as copying megabytes
+GPU_PIECE_BYTES = 256 << 20  # what a link carries while a few kernels are launched
 
 
 def pages_of(step: StepBatch, page_size: int) -> np.ndarray:
@@ -52,9 +52,11 @@ def take_pages(stage: Stage, peers: Peers, pieces: Sequence[Piece], pages: np.nd
 
 
 def _parcels(stage: Stage, piece: Piece, pages: np.ndarray) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """A piece of ``pages``, some pages at a time: where its layers lie, and which pages."""
+    """A piece of ``pages``, some pages at a time: where they lie, and which pages."""
     views = stage.kv_views(piece.layers, piece.kv_heads)
-    if views[0].dtype.itemsize == 1:  # not every operation knows FP8
+    if stage.device.type == "cuda":
+        views = [view.view(torch.int64) for view in views]  # as wide as a thread can copy it
+    elif views[0].dtype.itemsize == 1:  # not every operation knows FP8
         views = [view.view(torch.uint8) for view in views]
     most = max(1, (GPU_PIECE_BYTES if stage.device.type == "cuda" else PIECE_BYTES) // page_bytes(views))
     for first in range(0, len(pages), most):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -125,12 +125,12 @@ class PagedAttention(ABC):
     def page_bytes(self, num_layers: int) -> int:
         """Bytes that one page costs over all layers."""
 
-    def by_head(self, cache: Any) -> Tensor:
-        """A view of a cache as ``[pages, kv_heads, …]``, for moving keys and values between ranks.
+    def by_head(self, caches: Sequence[Any]) -> list[Tensor]:
+        """Views of neighbouring caches as ``[pages, kv_heads, …]``, for moving keys and values between ranks.
 
-        This one is for caches ``[2, pages, kv_heads, …]``.
+        One for each cache, or one for all where they lie side by side; here for caches ``[2, pages, kv_heads, …]``.
         """
-        return cache.movedim(0, 2)
+        return [cache.movedim(0, 2) for cache in caches]
 
     @abstractmethod
     def rope_write(
@@ -170,8 +170,8 @@ class TorchPagedAttention(PagedAttention):
     def page_bytes(self, num_layers: int) -> int:
         return num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
-    def by_head(self, cache: Tensor) -> Tensor:
-        return cache.permute(1, 3, 0, 2, 4)
+    def by_head(self, caches: Sequence[Tensor]) -> list[Tensor]:
+        return [cache.permute(1, 3, 0, 2, 4) for cache in caches]
 
     def rope_write(
         self,

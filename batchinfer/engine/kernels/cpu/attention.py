@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class CpuPagedAttention(PagedAttention):
     def page_bytes(self, num_layers: int) -> int:
         return num_layers * self._page_bytes
 
-    def by_head(self, cache: Tensor) -> Tensor:
-        return cache.view(len(cache), self.num_kv_heads, -1)
+    def by_head(self, caches: Sequence[Tensor]) -> list[Tensor]:
+        return [cache.view(len(cache), self.num_kv_heads, -1) for cache in caches]
 
     def rope_write(
         self,

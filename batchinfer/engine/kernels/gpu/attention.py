@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -107,8 +108,13 @@ class GpuPagedAttention(PagedAttention):
         }
 
     def allocate(self, num_layers: int, num_pages: int) -> list[Tensor]:
-        shape = (2, num_pages, self.num_kv_heads, self.page_size * self.head_dim)
-        return [torch.empty(shape, dtype=self.kv_dtype, device=self.device) for _ in range(num_layers)]
+        shape = (num_layers, 2, num_pages, self.num_kv_heads, self.page_size * self.head_dim)
+        return list(torch.empty(shape, dtype=self.kv_dtype, device=self.device).unbind())
+
+    def by_head(self, caches: Sequence[Tensor]) -> list[Tensor]:
+        first = caches[0]  # the others lie behind it, so that a page of all layers is copied at once
+        together = first.as_strided((len(caches), *first.shape), (first.numel(), *first.stride()))
+        return [together.permute(2, 3, 0, 1, 4)]
 
     def page_bytes(self, num_layers: int) -> int:
         return num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
