@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from batchinfer.bench import workload
-from batchinfer.engine.balance import SAMPLED, Costs, deal
+from batchinfer.engine.balance import SAMPLED, Costs, FloatingHead, deal
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import AHEAD, StepBatch
-from batchinfer.engine.simulate import Simulated, simulate
+from batchinfer.engine.simulate import Simulated, Stages, simulate
 from batchinfer.engine.trace import Span
 from batchinfer.request import Request
 
 STAGES = (1, 2, 4, 8, 16)
+_USUAL = 64  # tokens of a step, for what a token costs
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class StepCosts:
     head: float
     head_sample: float
 
-    def of(self, partition: Sequence[int], step: StepBatch) -> list[float]:
-        """What each stage takes for ``step``."""
-        seconds = [layers * (self.layer + self.layer_token * step.num_tokens) for layers in partition]
-        seconds[-1] += self.head + self.head_sample * len(step.sampled)
-        return seconds
+    def stages(self, partition: Sequence[int], hop: float) -> Stages:
+        return Stages(
+            lambda step: [layers * (self.layer + self.layer_token * step.num_tokens) for layers in partition],
+            lambda step: self.head + self.head_sample * len(step.sampled) if len(step.sampled) else 0.0,
+            hop=hop,
+            floating=FloatingHead(partition, self.a_token(_USUAL)) if len(partition) > 1 else None,
+        )
 
     def a_token(self, tokens: int) -> Costs:
         """For ``deal``, in steps of so many tokens."""
@@ -47,8 +51,11 @@ class StepCosts:
         """By least squares, to what the ranks of a pipeline without tensor parallelism took."""
         rows, taken = [], []
         for span in spans:
-            layers, last = partition[span.rank], span.rank == len(partition) - 1
-            rows.append((layers, layers * span.about["tokens"], last, last * span.about["samples"]))
+            layers, samples = partition[span.rank], span.about.get("samples")
+            if samples is None:
+                rows.append((layers, layers * span.about["tokens"], 0, 0))
+            else:
+                rows.append((0, 0, samples > 0, samples))
             taken.append(span.ended - span.begun)
         found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(taken), rcond=None)
         return cls(*np.maximum(found, 0).tolist())
@@ -95,7 +102,7 @@ def pipeline_sim(
         )
     foretold = []
     for stages in STAGES:
-        partition = deal(fitted.layers, stages, costs.a_token(64))
+        partition = deal(fitted.layers, stages, costs.a_token(_USUAL), head_floats=stages > 1)
         for count in (stages, 2 * stages) if stages > 1 else (1,):
             profile = replace(fitted.profile, batch_size=max(64 * stages, 64))
             more = replace(fitted, pages={})
@@ -120,7 +127,7 @@ def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -
         assert not any(completion.error for completion in completions)
         counters, told = engine.counters.minus(before), engine.stage.details()
         engine.close()
-    spans = [span for span in engine.trace.spans if "samples" in span.about]
+    spans = [span for span in engine.trace.spans if span.about.keys() & {"tokens", "samples"}]
     return _Run(
         engine.stage.layout.partition,
         engine.plan.profiles[-1],
@@ -150,16 +157,8 @@ def _hop_seconds(spans: Sequence[Span]) -> float:
 def _simulate(
     jobs: list[Request], run: _Run, costs: StepCosts, partition: Sequence[int], micro_batches: int, profile: Profile
 ) -> Simulated:
-    return simulate(
-        jobs,
-        profile,
-        lambda step: costs.of(partition, step),
-        micro_batches,
-        ahead=AHEAD,
-        engine_seconds=run.engine_seconds,
-        hop_seconds=run.hop_seconds,
-        **run.pages,
-    )
+    stages = costs.stages(partition, run.hop_seconds)
+    return simulate(jobs, profile, stages, micro_batches, ahead=AHEAD, engine_seconds=run.engine_seconds, **run.pages)
 
 
 def _figures(told: Simulated) -> dict[str, Any]:
@@ -190,32 +189,27 @@ def foretell_gpus(
     """A 70B model in bfloat16 on 8 and on 32 GPUs, by the arithmetic of its products, reads and sums."""
     gpu, weights = Gpu(), _HIDDEN * (2 * _Q + 2 * _KV + 3 * _INNER)
 
-    def stages(step: StepBatch, tp: int, partition: Sequence[int]) -> list[float]:
-        tokens, samples = step.num_tokens, len(step.sampled)
+    def layers(step: StepBatch, tp: int, partition: Sequence[int]) -> list[float]:
+        tokens = step.num_tokens
         product = max(2 * weights * tokens / gpu.flops, 2 * weights / gpu.read_bytes) / tp
         keys = int(step.context_lens.sum()) * 2 * _KV * 2 / gpu.read_bytes / tp
         wire = 2 * (tp - 1) / tp * tokens * _HIDDEN * 2 / gpu.sum_bytes
         layer = product + keys + gpu.launch_seconds + (2 * max(wire, gpu.sum_seconds) if tp > 1 else 0)
-        seconds = [layers * layer for layers in partition]
-        head = 2 * _VOCABULARY * _HIDDEN / tp
-        seconds[-1] += max(head * samples / gpu.flops, head / gpu.read_bytes)
-        return seconds
+        return [count * layer for count in partition]
+
+    def head(step: StepBatch, tp: int) -> float:
+        weights = 2 * _VOCABULARY * _HIDDEN / tp
+        return max(weights * len(step.sampled) / gpu.flops, weights / gpu.read_bytes)
 
     told = []
     for tp, pp in layouts:
         gpus = tp * pp
         profile = Profile(128 * gpus, 4096, 2048)
-        head = _VOCABULARY * _HIDDEN / weights
-        partition = deal(_LAYERS, pp, Costs(1.0, 0.0, head))
-        jobs = workload(4 * profile.batch_size)
-        found = simulate(
-            jobs,
-            profile,
-            lambda step, tp=tp, partition=partition: stages(step, tp, partition),
-            pp,
-            ahead=AHEAD,
-            engine_seconds=300e-6,
-            hop_seconds=200e-6,
+        partition = deal(_LAYERS, pp, Costs(1.0, 0.0, _VOCABULARY * _HIDDEN / weights))
+        stages = Stages(
+            functools.partial(layers, tp=tp, partition=partition), functools.partial(head, tp=tp), hop=200e-6
         )
+        jobs = workload(4 * profile.batch_size)
+        found = simulate(jobs, profile, stages, pp, ahead=AHEAD, engine_seconds=300e-6)
         told.append({"gpus": gpus, "tp": tp, "pp": pp, "partition": list(partition)} | _figures(found))
     return told

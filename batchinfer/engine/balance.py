@@ -12,8 +12,10 @@ from batchinfer.cache import digest, keep, kept
 from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
 from batchinfer.engine.model.shard import Shard
+from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
 from batchinfer.errors import ModelError
 
@@ -33,12 +35,19 @@ class Costs:
     head: float  # and sampling, a sampled token
     sampled: float = SAMPLED  # the share of the tokens that goes through the head
 
-    def stages(self, partition: tuple[int, ...]) -> list[float]:
+    def stages(self, partition: Sequence[int], head_floats: bool = False) -> list[float]:
         """Seconds that each stage takes for a token."""
-        seconds = [layers * self.layer for layers in partition]
-        seconds[0] += self.embedding
-        seconds[-1] += self.head * self.sampled
+        seconds, head = [layers * self.layer for layers in partition], self.head * self.sampled
+        seconds[0] += self.embedding + (head / 2 if head_floats else 0)
+        seconds[-1] += head / 2 if head_floats else head
         return seconds
+
+    @classmethod
+    def of_weights(cls, spec: DecoderSpec) -> Costs:
+        """As many as there are weights to multiply with: not seconds, but in proportion."""
+        attention = spec.hidden_size * (spec.qkv_size + spec.num_heads * spec.head_dim)
+        layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+        return cls(float(layer), 0.0, float(spec.vocab_size * spec.hidden_size))
 
     @classmethod
     def of_run(cls, partition: Sequence[int], occupancy: Occupancy, ranks: Sequence[int]) -> Costs | None:
@@ -47,22 +56,45 @@ class Costs:
         Args:
             ranks: one of each stage.
         """
-        *before, last = (occupancy.busy[rank] for rank in ranks)
+        first, *others = (occupancy.busy[rank] - occupancy.heads[rank] for rank in ranks)
         tokens, samples = occupancy.tokens, occupancy.samples
-        if not before or occupancy.steps < _ENOUGH or not samples:
+        if not others or occupancy.steps < _ENOUGH or not samples:
             return None
-        layer = sum(before) / sum(partition[:-1]) / tokens  # the embedding is little and counted with them
-        head = max(0.0, last - partition[-1] * layer * tokens) / samples
-        return cls(layer, 0.0, head, samples / tokens)
+        layer = sum(others) / sum(partition[1:]) / tokens
+        embedding = max(0.0, first / tokens - partition[0] * layer)
+        return cls(layer, embedding, sum(occupancy.heads[rank] for rank in ranks) / samples, samples / tokens)
 
 
-def deal(layers: int, pp: int, costs: Costs) -> tuple[int, ...]:
+def deal(layers: int, pp: int, costs: Costs, head_floats: bool = False) -> tuple[int, ...]:
     """The partition whose slowest stage is fastest: each layer goes where it makes the least."""
     partition = [1] * pp
     for _ in range(layers - pp):
-        after = costs.stages(tuple(count + 1 for count in partition))
+        after = costs.stages([count + 1 for count in partition], head_floats)
         partition[after.index(min(after))] += 1
     return tuple(partition)
+
+
+class FloatingHead:
+    """Says of each step which stage computes its head, the first or the last: the one that has had less to do.
+
+    The first is told by the last in any case what a step's tokens are, so that it can as well choose them. Layers alone
+    cannot be dealt evenly: prompts need hardly any head, and tokens that follow each other one each.
+    """
+
+    def __init__(self, partition: Sequence[int], costs: Costs) -> None:
+        self._head = costs.head
+        self._layers = (partition[-1] - partition[0]) * costs.layer - costs.embedding
+        self._more = 0.0  # that the last stage has had to do; what lies further back than a head is made good by none
+
+    def on_first(self, step: StepBatch) -> bool:
+        """To be asked for each step, in their order."""
+        self._more += self._layers * step.num_tokens
+        if not (head := self._head * len(step.sampled)):
+            return False
+        self._more = min(max(self._more, -head), head)
+        on_first = self._more > 0
+        self._more += -head if on_first else head
+        return on_first
 
 
 def check_partition(plan: EnginePlan, pp: int, asked: tuple[int, ...]) -> None:
@@ -110,13 +142,13 @@ def measure(plan: EnginePlan, tp: int, tp_rank: int) -> Costs:
     greedy = SamplingBatch(**nothing, **off, history=np.zeros((rows, 1), np.int32), all_greedy=True)
     for cache in stage.caches:
         cache.zero_()
-    hidden = torch.zeros(rows, model.hidden_size, dtype=plan.torch_dtype, device=stage.device)
+    hidden = torch.zeros(rows, model.hidden_size, device=stage.device)
     embedding = best_seconds(lambda: decoder.embed(token_ids), stage.device, _SECONDS)
-    head = best_seconds(lambda: decoder.head(hidden), stage.device, _SECONDS)
+    head = best_seconds(lambda: decoder.logits(hidden), stage.device, _SECONDS)
     whole = best_seconds(lambda: decoder.forward(token_ids, batch, stage.caches, sampled), stage.device, _SECONDS)
-    logits = decoder.head(hidden)
+    logits = decoder.logits(hidden)
     sampling = best_seconds(lambda: stage.kernels.sample(logits, greedy), stage.device, _SECONDS)
-    layer = max(whole - embedding - head, 1e-9) / layers
+    layer = max(whole - embedding, 1e-9) / layers
     return Costs(layer / rows, embedding / rows, (head + sampling) / rows)
 
 

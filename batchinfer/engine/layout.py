@@ -53,17 +53,23 @@ class Layout:
 
     @property
     def sampler(self) -> int:
-        """The rank that chooses tokens."""
+        """The rank that has the last layer, and chooses tokens, but where the first stage computes the head."""
         return self.ranks[-self.tp]
 
+    @property
+    def head_floats(self) -> bool:
+        """Whether the first stage has the head as well, and computes it for some of the steps."""
+        return self.tp == 1 and len(self.partition) > 1 and self.role != "prefill"
+
     def feedback(self) -> Iterator[tuple[int, int]]:
-        """Pairs of ranks that chosen tokens go between: from the sampler to those that begin with them."""
+        """Pairs of ranks that chosen tokens go between, or what they are chosen from, to those that begin with them."""
         return ((self.sampler, rank) for rank in self.ranks[: self.tp] if rank != self.sampler)
 
     def shard(self, model: DecoderSpec, rank: int) -> Shard:
         stage = self.stage(rank)
         first = sum(self.partition[:stage])
-        return Shard(model, range(first, first + self.partition[stage]), self.tp, self.share(rank))
+        layers = range(first, first + self.partition[stage])
+        return Shard(model, layers, self.tp, self.share(rank), spare_head=self.head_floats and stage == 0)
 
 
 class Piece(NamedTuple):

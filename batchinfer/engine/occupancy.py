@@ -15,6 +15,7 @@ class Occupancy:
 
     def __init__(self, ranks: int, depth: int) -> None:
         self.busy = [0.0] * ranks  # seconds of each
+        self.heads = [0.0] * ranks  # of those, for heads
         self.steps = self.tokens = self.samples = 0  # launched
         self._depth = depth
         self._moving = [0.0] * ranks
@@ -46,12 +47,18 @@ class Occupancy:
         self._since = now
 
     def computed(self, rank: int, begun: float, ended: float, sent: int) -> None:
-        """
+        """It ran a step through its layers.
+
         Args:
             sent: bytes that the rank has sent to others, since it was started.
         """
         self.busy[rank] += ended - begun
         self._bytes[rank] = sent
+
+    def headed(self, rank: int, begun: float, ended: float) -> None:
+        """It computed the head of a step, and chose tokens."""
+        self.busy[rank] += ended - begun
+        self.heads[rank] += ended - begun
 
     def moved(self, rank: int, begun: float, ended: float) -> None:
         """It sent keys and values, or waited for them and took them in."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch
 from torch.distributed import TCPStore
 
 from batchinfer import errors
-from batchinfer.engine.balance import Costs, deal, keep_costs, known_costs
+from batchinfer.engine.balance import Costs, FloatingHead, deal, keep_costs, known_costs
 from batchinfer.engine.comm import Arena, SharedPeers, Sizes
 from batchinfer.engine.kernels.cpu.library import library
 from batchinfer.engine.layout import Layout, World
@@ -47,8 +48,9 @@ class Pipeline:
 
     Steps are launched one after the other and pass through the stages in that order, so that each stage works on
     another one; their tokens are taken in the same order. The last stage tells the first directly which they are, so
-    that a step more may be launched before the engine knows. With ranks that compute prompts apart from those that
-    decode, a step goes to either, and each kind ends in its own order. A rank that dies or is silent for too long ends
+    that a step more may be launched before the engine knows; or it leaves it to the first to choose them, where that
+    has less to do. With ranks that compute prompts apart from those that decode, a step goes to either, and each kind
+    ends in its own order. A rank that dies or is silent for too long ends
     them all.
     """
 
@@ -83,8 +85,9 @@ class Pipeline:
         costs, layers = known_costs(plan, tp, threads), plan.spec.num_layers
         self._keep_costs = functools.partial(keep_costs, plan, tp, threads)
         if not partition and (costs or pp == 1 or prefill):
-            partition = deal(layers, pp, costs or Costs(1, 0, 0))
+            partition = deal(layers, pp, costs or Costs(1, 0, 0), head_floats=tp == 1 < pp)
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
+        self._costs = costs or Costs.of_weights(plan.spec)
         self.world = World((layout,))
         self.ahead = AHEAD
         self.depth = (micro_batches or pp) + AHEAD
@@ -99,6 +102,7 @@ class Pipeline:
         self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_depth)
         self.trace = trace
         self._launched = 0
+        self._heads: deque[tuple[int, bool]] = deque()  # of steps that decode: which, and whether the first stage's
         self._tokens: dict[Layout, dict[int, np.ndarray]] = {}  # by the number of the launch, not asked for yet
         try:
             self._start(plan, kv_cache_gib, threads)
@@ -142,15 +146,16 @@ class Pipeline:
         for rank in self._ranks:
             rank.link.send("pages", count=pages)
         self.num_pages = pages
+        self._floating = FloatingHead(self.layout.partition, self._costs) if self.layout.head_floats else None
         ready = self._each("ready")
         self.page_size, self.kernels_name = ready[0].fields["page_size"], ready[0].fields["kernels"]
 
     def _balance(self, layers: int) -> None:
         """Have the ranks measure, all at once, as they will compute, and tell them which layers are theirs."""
         told = [message.fields for message in self._each("costs")]
-        costs = Costs(**{name: max(rank[name] for rank in told) for name in told[0]})
+        costs = self._costs = Costs(**{name: max(rank[name] for rank in told) for name in told[0]})
         self._keep_costs(costs)
-        dealt = deal(layers, len(self.layout.partition), costs)
+        dealt = deal(layers, len(self.layout.partition), costs, self.layout.head_floats)
         self.world = World((replace(self.layout, partition=dealt),))
         for rank in self._ranks:
             rank.link.send("partition", partition=self.layout.partition)
@@ -160,7 +165,7 @@ class Pipeline:
         hop = limits.step_tokens * spec.hidden_size * torch.float32.itemsize
         gathered = limits.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
         page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
-        tokens = limits.batch_size * np.dtype(np.int32).itemsize
+        tokens = limits.batch_size * np.dtype(np.int32).itemsize * (spec.hidden_size if self.layout.head_floats else 1)
         return Sizes(self.depth + self.prefill_depth + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
 
     def _share_memory(self, plan: EnginePlan, sizes: Sizes) -> int:
@@ -189,35 +194,47 @@ class Pipeline:
         Raises:
             EngineError: a rank died; asking for tokens, also that one hangs.
         """
-        decodes = len(self.world.layouts) == 1 or step.extends.all()
-        layout = self.layout if decodes else self.world.layouts[0]
-        number = self._send(layout, step)
-        if not decodes:
-            self._tell(self.layout, encode("pages", number=number, pages=pages_of(step, self.page_size)))
-        return _Awaited(self, layout, number)
+        if len(self.world.layouts) > 1 and not step.extends.all():
+            number = self._send(self.world.layouts[0], step, head_on_first=False)
+            self._tell(self.layout.ranks, encode("pages", number=number, pages=pages_of(step, self.page_size)))
+            return _Awaited(self, self.world.layouts[0], number)
+        on_first = self._floating is not None and self._floating.on_first(step)
+        number = self._send(self.layout, step, on_first)
+        self._heads.append((number, on_first))
+        if len(self._heads) >= len(self.layout.partition):  # the last stage is about to be done with the oldest
+            self._order_heads(self._heads[0][0])
+        return _Awaited(self, self.layout, number)
+
+    def _order_heads(self, until: int) -> None:
+        """Tell the first stage that what comes next are its heads of steps up to this one."""
+        while self._heads and self._heads[0][0] <= until:
+            number, on_first = self._heads.popleft()
+            if on_first:
+                self._tell(self.layout.ranks[:1], encode("head", number=number))
 
     def next_done(self, launched: Sequence[Tokens]) -> int:
         """Which of the steps under way, oldest first, to ask for its tokens: prompts are long, others go on."""
         if len(self.world.layouts) == 1:
             return 0
+        self._order_heads(next((step.number for step in launched if step.layout is self.layout), -1))
         while True:
             for place, awaited in enumerate(launched):
                 if awaited.number in self._tokens.get(awaited.layout, {}):
                     return place
             self._listen(DEADLINE)
 
-    def _send(self, layout: Layout, step: StepBatch) -> int:
+    def _send(self, layout: Layout, step: StepBatch, head_on_first: bool) -> int:
         """The number by which its tokens are to be asked for."""
-        self._tell(layout, encode("step", number=self._launched, **fields_of(step)))
+        self._tell(layout.ranks, encode("step", number=self._launched, head_on_first=head_on_first, **fields_of(step)))
         self._launched += 1
         self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
         return self._launched - 1
 
-    def _tell(self, layout: Layout, message: bytes) -> None:
+    def _tell(self, ranks: range, message: bytes) -> None:
         if not self._ranks:
             raise EngineError("the engine is closed: open another")
         try:
-            for number in layout.ranks:
+            for number in ranks:
                 self._ranks[number].link.send_encoded(message)
         except OSError:
             raise self._died(self._ranks[number]) from None
@@ -227,12 +244,14 @@ class Pipeline:
 
     def take(self, layout: Layout, number: int) -> np.ndarray:
         """The tokens of a step that was sent to a layout's ranks; none before it are asked for any more."""
+        if layout is self.layout:
+            self._order_heads(number)
         while number not in self._tokens.get(layout, {}):
             self._listen(DEADLINE)
         tokens = self._tokens[layout][number]
         self._tokens[layout] = {later: each for later, each in self._tokens[layout].items() if later > number}
         if layout is not self.layout:
-            self._tell(self.layout, encode("take", number=number))
+            self._tell(self.layout.ranks, encode("take", number=number))
         return tokens
 
     def _listen(self, patience: float) -> None:
@@ -246,10 +265,14 @@ class Pipeline:
             if self.trace is not None:
                 self.trace.add(rank.number, "keys and values", told["begun"], told["ended"], pages=told["pages"])
             return
-        self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
+        if message.kind == "done":
+            name, about = "step", {"tokens": told["count"]}
+            self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
+        else:
+            name, about = "head", {"samples": told["samples"]}
+            self.occupancy.headed(rank.number, told["begun"], told["ended"])
         if self.trace is not None:
-            name, about = f"step {told['step']}", {"tokens": told["count"], "samples": told["samples"]}
-            self.trace.add(rank.number, name, told["begun"], told["ended"], **about)
+            self.trace.add(rank.number, f"{name} {told['step']}", told["begun"], told["ended"], **about)
         if "tokens" in told:
             self._tokens.setdefault(self.world.layout(rank.number), {})[told["step"]] = told["tokens"]
             self.occupancy.returned(time.perf_counter())

@@ -168,10 +168,11 @@ class Stage:
         return token_ids
 
     @torch.inference_mode()
-    def sample(self, step: StepBatch, logits: torch.Tensor) -> torch.Tensor | None:
-        """Choose tokens from a step's logits, int32 ``[samples]``; None on all but the first of a stage's ranks."""
+    def sample(self, step: StepBatch, residual: torch.Tensor) -> torch.Tensor | None:
+        """Choose tokens from what the last layer gave, int32 ``[samples]``; None on all but a stage's first rank."""
         if not len(step.sampled):
             return None if self.shard.tp_rank else torch.empty(0, dtype=torch.int32)
+        logits = self.decoder.logits(residual)
         if self.shard.tp > 1:
             logits = self.peers.gather(logits, self.shard.vocabulary_shares)
         return None if logits is None else self.kernels.sample(logits, step.sampling)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class Worker:
         self.listeners = [to for sampler, to in feedback if sampler == self.rank]
         self.listens = any(to == self.rank for _, to in feedback)
         self.depth = told["depth"]
-        self.owed: deque[np.ndarray] = deque()  # the rows of steps whose tokens are not taken in yet
+        self.owed: deque[Launch] = deque()  # steps whose tokens are not taken in yet
         # Steps whose pages are not taken in yet; which pages, and from when on nobody here uses them any more.
         self.due: deque[tuple[int, np.ndarray, Any]] = deque()
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
@@ -151,8 +151,10 @@ class Worker:
                 self.due.append((told["number"], told["pages"], self.clock.now()))
             elif message.kind == "take":
                 self._take_pages(told["number"])
+            elif message.kind == "head":
+                self._settle(told["number"])
             else:
-                self._compute(step_of(told), told["number"])
+                self._compute(Launch(told["number"], step_of(told), told["head_on_first"]))
 
     def _take_pages(self, number: int) -> None:
         """What the steps up to this one have written; some may be of a run that was left in the middle."""
@@ -163,44 +165,55 @@ class Worker:
                 take_pages(self.stage, self.peers, self.incoming, pages)
                 self._tell("moved", begun, pages=len(pages))
 
-    def _compute(self, step: StepBatch, number: int) -> None:
+    def _compute(self, launch: Launch) -> None:
+        step, shard = launch.step, self.stage.shard
         if self.listens:
-            self._learn(step)
-        inputs = None if self.stage.shard.first else self.peers.receive(self.before)
+            self._learn(launch)
+        inputs = None if shard.first else self.peers.receive(self.before)
         begun = self.clock.now()
         out = self.stage.forward(step, inputs)
-        tokens = None
-        if self.stage.shard.last:
-            tokens = self._sample(step, out)
-        else:
+        if not shard.last:
             self.peers.send(self.after, out)
-        about = dict(step=number, sent=self.peers.sent, count=step.num_tokens, samples=len(step.sampled))
-        self._tell("done", begun, tokens, **about)
+        elif launch.head_on_first:
+            self.peers.send(self.listeners[0], out)
+        self._tell("done", begun, step=launch.number, sent=self.peers.sent, count=step.num_tokens)
+        if shard.last and not launch.head_on_first:
+            self._head(launch, out)
         if self.outgoing:
             begun, pages = self.clock.now(), pages_of(step, self.stage.page_size)
             send_pages(self.stage, self.peers, self.outgoing, pages)
             self._tell("moved", begun, pages=len(pages))
 
-    def _sample(self, step: StepBatch, logits: torch.Tensor) -> Tokens | None:
+    def _head(self, launch: Launch, residual: torch.Tensor) -> None:
         """Choose tokens; whoever begins the next step with them has them at once, before the engine has."""
-        chosen = self.stage.sample(step, logits)
-        if chosen is None:
-            return None
-        if len(chosen):
+        begun = self.clock.now()
+        chosen = self.stage.sample(launch.step, residual)
+        if chosen is not None and len(chosen):
             for listener in self.listeners:
                 self.peers.send(listener, chosen)
             if self.stage.shard.first:
-                self.stage.learn(step.sampled_rows, chosen)
-        return to_host(chosen)
+                self.stage.learn(launch.step.sampled_rows, chosen)
+        tokens = None if chosen is None else to_host(chosen)
+        self._tell("head", begun, tokens, step=launch.number, samples=len(launch.step.sampled))
 
-    def _learn(self, step: StepBatch) -> None:
+    def _learn(self, launch: Launch) -> None:
         """Take in the tokens that a step goes on from, and those that the engine has had, lest they pile up."""
-        missing = step.rows[step.unknown]
-        needed = [place for place, rows in enumerate(self.owed, 1) if np.isin(missing, rows).any()]
-        for _ in range(max(max(needed, default=0), len(self.owed) + 1 - self.depth)):
-            self.stage.learn(self.owed.popleft(), self.peers.receive(self.layout.sampler))
-        if len(step.sampled):
-            self.owed.append(step.sampled_rows)
+        missing = launch.step.rows[launch.step.unknown]
+        needed = [owed.number for owed in self.owed if np.isin(missing, owed.step.sampled_rows).any()]
+        if len(self.owed) >= self.depth:
+            needed.append(self.owed[0].number)
+        self._settle(max(needed, default=-1))
+        if len(launch.step.sampled):
+            self.owed.append(launch)
+
+    def _settle(self, number: int) -> None:
+        """Take in the tokens of steps up to this one, or choose them, where the last stage leaves that to this one."""
+        while self.owed and self.owed[0].number <= number:
+            launch, told = self.owed.popleft(), self.peers.receive(self.layout.sampler)
+            if launch.head_on_first:
+                self._head(launch, told)
+            else:
+                self.stage.learn(launch.step.sampled_rows, told)
 
     def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, **about: Any) -> None:
         """Tell what was done since ``begun``, as soon as the device has done it."""
@@ -231,16 +244,27 @@ class Worker:
                 if message.kind == "pages":
                     expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
                 elif message.kind == "step":
-                    self._expect(len(message.fields["token_ids"]), len(message.fields["sampled"]))
+                    self._expect(message.fields)
                 known.append(message)
             yield known.popleft()
 
-    def _expect(self, tokens: int, samples: int) -> None:
+    def _expect(self, step: dict[str, Any]) -> None:
         """What a step will need of other ranks, or bring from them."""
+        tokens, samples = len(step["token_ids"]), len(step["sampled"])
         if not self.stage.shard.first:
             self.peers.expect(self.before, (tokens, self.hidden_size), torch.float32)
-        if self.listens and samples:
+        if self.listens and step["head_on_first"]:
+            self.peers.expect(self.layout.sampler, (samples, self.hidden_size), torch.float32)
+        elif self.listens and samples:
             self.peers.expect(self.layout.sampler, (samples,), torch.int32)
+
+
+class Launch(NamedTuple):
+    """A step that this rank is told to compute."""
+
+    number: int
+    step: StepBatch
+    head_on_first: bool  # the first stage computes what follows the last layer
 
 
 def fields_of(step: StepBatch) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from batchinfer import Engine, Request, SamplingParams
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Profile
 from batchinfer.engine.scheduler import AHEAD, StepBatch
-from batchinfer.engine.simulate import simulate
+from batchinfer.engine.simulate import Stages, simulate
 from batchinfer.engine.trace import Span
 from tests.bench import links
 from tests.bench.gpu import vllm
@@ -257,8 +257,8 @@ def _expect(plan: EnginePlan, layout: Layout, job: Workload, alone: dict[str, An
 
     profile = _profile(ROWS * layout.gpus)
     simulated = simulate(
-        _requests(job), profile, stages, layout.micro_batches or layout.pp, page_size=64,
-        ahead=AHEAD, engine_seconds=alone["schedule_seconds"] / alone["steps"], hop_seconds=1e-4,
+        _requests(job), profile, Stages(stages, hop=1e-4), layout.micro_batches or layout.pp, page_size=64,
+        ahead=AHEAD, engine_seconds=alone["schedule_seconds"] / alone["steps"],
     )  # fmt: skip
     made = sum(output for _, output in job)
     return {"output_tok_s": round(made / simulated.seconds), "bubble": round(simulated.bubble, 4)}

@@ -230,18 +230,31 @@ def test_a_pipeline_tells_how_busy_its_ranks_are_and_draws_it(models, tmp_path, 
     spans = {row: [e for e in events if e["ph"] == "X" and e["tid"] == row] for row in range(5)}
     assert len({e["args"]["name"] for e in events if e["ph"] == "M"}) == 5
     for rank in range(1, 5):  # a rank computes one step at a time, in order
-        steps = spans[rank]
+        steps = [span for span in spans[rank] if span["name"].startswith("step")]
         assert engine.counters.steps - 1 <= len(steps) <= engine.counters.steps == len(spans[0]) / 3
         assert all(a["ts"] + a["dur"] <= b["ts"] + 0.2 for a, b in zip(steps, steps[1:]))
 
 
 @pytest.mark.parametrize("pp", [2, 3, 4, 8])
 @pytest.mark.parametrize("costs", [Costs(1, 0, 0), Costs(1, 0.1, 20), Costs(1, 3, 1)])
-def test_no_other_partition_has_a_faster_slowest_stage(pp, costs):
-    found = deal(16, pp, costs)
+@pytest.mark.parametrize("floats", [False, True])
+def test_no_other_partition_has_a_faster_slowest_stage(pp, costs, floats):
+    found = deal(16, pp, costs, floats)
     assert sum(found) == 16 and min(found) >= 1
     others = (p for p in itertools.product(range(1, 16), repeat=pp - 1) if sum(p) < 16) if pp < 5 else [found[1:]]
-    assert max(costs.stages(found)) <= min(max(costs.stages((*p, 16 - sum(p)))) for p in others) + 1e-9
+    best = min(max(costs.stages((*p, 16 - sum(p)), floats)) for p in others)
+    assert max(costs.stages(found, floats)) <= best + 1e-9
+
+
+def test_the_first_stage_computes_heads_as_well(models, tmp_path, ranks_are_threads):
+    trace = tmp_path / "trace.json"
+    with contextlib.closing(Engine(models["llama"], pp=2, threads=1, trace=trace, **OPTIONS)) as engine:
+        said(engine)
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    heads = [(int(e["name"].split()[1]), e["tid"]) for e in events if e["name"].startswith("head")]
+    steps = {int(e["name"].split()[1]) for e in events if e["name"].startswith("step")}
+    assert {rank for _, rank in heads} == {1, 2}
+    assert len(heads) == len(dict(heads)) and abs(len(steps) - len(heads)) <= 1, "each step has one head"
 
 
 def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, ranks_are_threads):
@@ -250,7 +263,7 @@ def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, r
         [kept] = (tmp_path / "costs").iterdir()
         costs = Costs(**json.loads(kept.read_text()))
         assert min(costs.layer, costs.embedding, costs.head) > 0
-        assert engine.stage.layout.partition == deal(3, 2, costs)
+        assert engine.stage.layout.partition == deal(3, 2, costs, head_floats=True)
     kept.write_text(json.dumps({"layer": 1.0, "embedding": 5.0, "head": 0.0}))
     with contextlib.closing(Engine(models["llama"], pp=2, threads=1, **OPTIONS)) as engine:
         assert engine.stage.layout.partition == (1, 2)
@@ -267,10 +280,12 @@ def test_a_run_tells_what_layers_and_head_cost():
     occupancy = Occupancy(2, 2)
     for step in range(300):
         occupancy.launched(100, 40, step)
-        occupancy.computed(0, 0.0, 17 * 100 * 3e-5, 0)
-        occupancy.computed(1, 0.0, 13 * 100 * 3e-5 + 40 * 2e-4, 0)
+        occupancy.computed(0, 0.0, 17 * 100 * 3e-5 + 100 * 1e-5, 0)
+        occupancy.computed(1, 0.0, 13 * 100 * 3e-5, 0)
+        occupancy.headed(step % 2, 0.0, 40 * 2e-4)
     costs = Costs.of_run((17, 13), occupancy, (0, 1))
-    assert (costs.layer, costs.head, costs.sampled) == (pytest.approx(3e-5), pytest.approx(2e-4), 0.4)
+    assert (costs.layer, costs.embedding) == (pytest.approx(3e-5), pytest.approx(1e-5))
+    assert (costs.head, costs.sampled) == (pytest.approx(2e-4), 0.4)
     assert Costs.of_run((17, 13), Occupancy(2, 2), (0, 1)) is None
 
 

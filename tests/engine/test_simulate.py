@@ -6,8 +6,9 @@ import pytest
 
 from batchinfer.bench import workload
 from batchinfer.bench_pipeline import StepCosts
+from batchinfer.engine.balance import Costs, FloatingHead
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.simulate import simulate
+from batchinfer.engine.simulate import Stages, simulate
 from batchinfer.engine.trace import Span
 from batchinfer.request import Request, SamplingParams
 
@@ -16,8 +17,8 @@ TOKENS = sum(len(job.prompt_token_ids) + job.sampling.max_tokens for job in JOBS
 PROFILE = Profile(16, 128, 1024)
 
 
-def played(stages: int, micro_batches: int, seconds: float = 1.0, **overheads):
-    return simulate(JOBS, PROFILE, lambda step: [seconds] * stages, micro_batches, **overheads)
+def played(stages: int, micro_batches: int, hop: float = 0.0, **overheads):
+    return simulate(JOBS, PROFILE, Stages(lambda step: [1.0] * stages, hop=hop), micro_batches, **overheads)
 
 
 def test_one_stage_is_always_busy():
@@ -33,18 +34,30 @@ def test_with_one_micro_batch_all_stages_but_one_wait(stages):
 
 def test_with_a_micro_batch_a_stage_only_the_ends_are_idle():
     alike = [Request(i, [1] * 20, SamplingParams(max_tokens=40, ignore_eos=True)) for i in range(64)]
-    told = simulate(alike, Profile(64, 128, 1024), lambda step: [1.0] * 4, 4)
+    told = simulate(alike, Profile(64, 128, 1024), Stages(lambda step: [1.0] * 4), 4)
     assert 0 < told.bubble < 0.05
 
 
 def test_the_slowest_stage_sets_the_pace():
-    told = simulate(JOBS, PROFILE, lambda step: [1.0, 3.0], 2)
+    told = simulate(JOBS, PROFILE, Stages(lambda step: [1.0, 3.0]), 2)
     assert told.seconds == pytest.approx(3 * told.steps, rel=0.1)
     assert told.bubble == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_a_head_that_floats_leaves_no_stage_idle():
+    """Layers dealt evenly, and a head as long as a third of them: with the last stage the first waits for it."""
+
+    def told(floating: FloatingHead | None):
+        stages = Stages(lambda step: [3.0, 3.0], lambda step: 1.0 * (len(step.sampled) > 0), floating=floating)
+        return simulate(JOBS, PROFILE, stages, 2, ahead=1)
+
+    at_last, floats = told(None), told(FloatingHead((1, 1), Costs(1, 0, 1)))
+    assert at_last.bubble > 0.1 > floats.bubble
+    assert floats.seconds < 0.92 * at_last.seconds
+
+
 def test_hops_and_the_engine_take_their_time():
-    assert played(2, 1, hop_seconds=0.5).seconds == 3 * played(2, 1).steps
+    assert played(2, 1, hop=0.5).seconds == 3 * played(2, 1).steps
     assert played(1, 1, engine_seconds=0.5).seconds == 1.5 * played(1, 1).steps
 
 
@@ -54,9 +67,9 @@ def test_costs_are_found_again_in_what_ranks_took():
     spans = []
     for tokens, samples in [(10, 10), (60, 20), (200, 30), (64, 64), (128, 0)]:
         layer = costs.layer + costs.layer_token * tokens
-        seconds = [17 * layer, 13 * layer + costs.head + costs.head_sample * samples]
-        about = {"tokens": tokens, "samples": samples}
-        spans += [Span(rank, "step", 1.0, 1.0 + taken, about) for rank, taken in enumerate(seconds)]
+        spans += [Span(rank, "step", 1.0, 1.0 + partition[rank] * layer, {"tokens": tokens}) for rank in (0, 1)]
+        head = costs.head + costs.head_sample * samples if samples else 0
+        spans += [Span(samples % 2, "head", 1.0, 1.0 + head, {"samples": samples})]
     found = StepCosts.fit(partition, spans)
     assert (found.layer, found.layer_token) == (pytest.approx(costs.layer), pytest.approx(costs.layer_token))
     assert (found.head, found.head_sample) == (pytest.approx(costs.head), pytest.approx(costs.head_sample))

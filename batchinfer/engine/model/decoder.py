@@ -88,10 +88,10 @@ class Decoder:
         self.kernels = kernels
         self.attention = attention
         self.all_reduce = all_reduce
-        tied = shard.last and spec.tied_head
+        tied = shard.has_head and spec.tied_head
         self.embedding = load("embed")["weight"] if shard.first or tied else None
         self.layers = [Layer.from_weights(load(f"layer-{layer:03d}"), winners) for layer in shard.layers]
-        if shard.last:
+        if shard.has_head:
             head = load("head")
             self.norm = head["norm.weight"]
             weight = self.embedding if tied else head["weight"]
@@ -125,11 +125,10 @@ class Decoder:
             inputs: for the first layers token ids, integer ``[tokens]``; for others the residual stream that the layers
                 before gave, float32 ``[tokens, hidden]``, which is overwritten.
             sampled: integer ``[samples]``, places among the tokens; None for all of them.
-            logits: ``dtype [at least samples, vocabulary]``, where logits go if given.
+            logits: ``dtype [at least samples, vocabulary]``; if given, what follows the last layer comes here too.
 
         Returns:
-            After the last layer the logits at ``sampled``, ``dtype [samples, vocabulary]`` (this rank's rows of it),
-            else the residual stream.
+            The residual stream, float32 ``[tokens, hidden]``, after the last layer ``[samples, hidden]``; or logits.
         """
         kernels, eps, hidden = self.kernels, self.spec.rms_norm_eps, self.spec.hidden_size
         tokens = len(inputs)
@@ -148,7 +147,7 @@ class Decoder:
                 # Keys and values are written: from here on only tokens whose logits are wanted matter.
                 attended, residual, tokens = attended[sampled], residual[sampled], len(sampled)
                 if not tokens:
-                    return attended.new_empty(0, len(self.shard.vocabulary))
+                    return residual if logits is None else logits[:0]
             o = self._for_kernels(layer.o, self._as_taken(attended, layer.o), summed=True)
             normed = self._room(tokens, hidden, layer.gate_up)
             kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, eps, *normed)
@@ -157,16 +156,27 @@ class Decoder:
                 layer.gate_up.gated(*normed, *activated)
             else:
                 kernels.silu_mul(layer.gate_up(*normed), *activated)
-            handed_on = layer is self.layers[-1] and not self.shard.last
+            handed_on = layer is self.layers[-1] and logits is None
             down = layer.down(*activated) if handed_on else self._for_kernels(layer.down, activated, summed=True)
             delta = self.all_reduce(down)
-        if not self.shard.last:
-            return residual.add_(delta)
-        normed = self._room(tokens, hidden, self.head)
-        kernels.add_rms_norm(residual, delta, self.norm, eps, *normed)
-        if logits is None:
+        return residual.add_(delta) if logits is None else self.logits(residual, delta, logits)
+
+    def logits(self, residual: Tensor, delta: Tensor | Unscaled | None = None, out: Tensor | None = None) -> Tensor:
+        """What follows the last layer: final norm and head.
+
+        Args:
+            residual: float32 ``[samples, hidden]``, which is overwritten.
+            delta: what is still to be added to it.
+            out: ``dtype [at least samples, vocabulary]``, where logits go if given.
+
+        Returns:
+            ``dtype [samples, vocabulary]``, this rank's columns of it.
+        """
+        normed = self._room(*residual.shape, self.head)
+        self.kernels.add_rms_norm(residual, delta, self.norm, self.spec.rms_norm_eps, *normed)
+        if out is None:
             return self.head(*normed)
-        return torch.mm(*normed, self.head.weight.t(), out=logits[:tokens])
+        return torch.mm(*normed, self.head.weight.t(), out=out[: len(residual)])
 
     def _for_kernels(self, linear: Linear, x: tuple[Tensor, ...], summed: bool = False) -> Tensor | Unscaled:
         """A product that kernels read which may also scale it in passing; ``summed`` over ranks it has its scales."""

@@ -28,6 +28,7 @@ class Shard:
     layers: range
     tp: int = 1
     tp_rank: int = 0
+    spare_head: bool = False  # it has the final norm and the head though the last layer is elsewhere
 
     def __post_init__(self) -> None:
         if self.tp > self.model.num_heads:
@@ -43,8 +44,13 @@ class Shard:
 
     @property
     def last(self) -> bool:
-        """Whether the final norm and the head are here."""
+        """Whether the last layer is here."""
         return self.layers.stop == self.model.num_layers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the final norm and the head are here."""
+        return self.last or self.spare_head
 
     @functools.cached_property
     def kv_heads(self) -> range:
