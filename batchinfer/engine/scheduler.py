@@ -16,7 +16,7 @@ from batchinfer.engine.profile import Profile, in_order, limits
 from batchinfer.request import SamplingParams
 
 AHEAD = 1  # steps composed before the last one's tokens are known: one hides the host, more only waste more
-_PREFILL_STEPS = 32  # in which what waits for prefill is worked off, where it is throttled
+_PREFILL_STEPS = 48  # in which what waits for prefill is worked off, where it is throttled
 _LEAST_PREFILL = 32  # tokens a step, lest a small job creep
 _OVERTAKEN = 4  # sequences that came before, for each token that this one may say more than they
 
