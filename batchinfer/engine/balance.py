@@ -11,6 +11,7 @@ import torch
 from batchinfer.cache import digest, keep, kept
 from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import AttentionBatch, SamplingBatch
+from batchinfer.engine.layout import Layout
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.occupancy import Occupancy
@@ -50,19 +51,19 @@ class Costs:
         return cls(float(layer), 0.0, float(spec.vocab_size * spec.hidden_size))
 
     @classmethod
-    def of_run(cls, partition: Sequence[int], occupancy: Occupancy, ranks: Sequence[int]) -> Costs | None:
-        """What a run's steps say of it; None where they were few.
-
-        Args:
-            ranks: one of each stage.
-        """
-        first, *others = (occupancy.busy[rank] - occupancy.heads[rank] for rank in ranks)
+    def of_run(cls, layout: Layout, occupancy: Occupancy) -> Costs | None:
+        """What a run's steps say of it; None where they were few."""
+        ranks, partition = layout.ranks[:: layout.tp], layout.partition
         tokens, samples = occupancy.tokens, occupancy.samples
-        if not others or occupancy.steps < _ENOUGH or not samples:
+        if len(partition) == 1 or occupancy.steps < _ENOUGH or not samples:
             return None
-        layer = sum(others) / sum(partition[1:]) / tokens
-        embedding = max(0.0, first / tokens - partition[0] * layer)
-        return cls(layer, embedding, sum(occupancy.heads[rank] for rank in ranks) / samples, samples / tokens)
+        busy, heads = ([spent[rank] for rank in ranks] for spent in (occupancy.busy, occupancy.heads))
+        if layout.head_floats:
+            layer = (sum(busy[1:]) - sum(heads[1:])) / sum(partition[1:]) / tokens
+            embedding = max(0.0, (busy[0] - heads[0]) / tokens - partition[0] * layer)
+            return cls(layer, embedding, sum(heads) / samples, samples / tokens)
+        layer = sum(busy[:-1]) / sum(partition[:-1]) / tokens  # the embedding is little and counted with them
+        return cls(layer, 0.0, max(0.0, busy[-1] - partition[-1] * layer * tokens) / samples, samples / tokens)
 
 
 def deal(layers: int, pp: int, costs: Costs, head_floats: bool = False) -> tuple[int, ...]:

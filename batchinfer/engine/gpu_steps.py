@@ -57,9 +57,11 @@ class GpuSteps:
             self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
             self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
             self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
-            self._logits = torch.empty(rows, len(shard.vocabulary), dtype=decoder.dtype, device=device)
         if not shard.first:
             self._residual = torch.zeros(largest, shard.spec.hidden_size, dtype=torch.float32, device=device)
+        self._logits = None
+        if shard.last:
+            self._logits = torch.empty(rows, len(shard.vocabulary), dtype=decoder.dtype, device=device)
         self._launched = 0
         self._pool: tuple[int, int] | None = None
         mixed = [*range(128, min(largest, 2048), 128), *range(2048, largest, 256), largest]
@@ -83,14 +85,15 @@ class GpuSteps:
         return tokens
 
     def forward(self, step: StepBatch, inputs: Tensor | None) -> Tensor:
-        """A part of a model: what ``Decoder.forward`` gives.
+        """A part of a model: what ``Decoder.forward`` gives. Logits are to be read before the next step.
 
         Args:
             inputs: the residual stream; None for the first layers, which begin with the step's tokens.
         """
         _, out = self._run(step, inputs)
-        rows = len(step.sampled) if self._decoder.shard.last else step.num_tokens
-        return out[:rows].clone()  # may be on its way to another rank while the next step is computed
+        if self._decoder.shard.last:
+            return out[: len(step.sampled)]
+        return out[: step.num_tokens].clone()  # may be on its way to another rank while the next step is computed
 
     def learn(self, rows: np.ndarray, tokens: Tensor) -> None:
         """Keep the tokens that another rank sampled for ``rows``: what a step leaves out is these."""
@@ -146,8 +149,7 @@ class GpuSteps:
             shared=views.get("shared"),
         )
         inputs = token_ids if inputs is None else inputs
-        logits = self._logits if self._whole else None
-        out = self._decoder.forward(inputs, batch, self._caches, views.get("sampled"), logits)
+        out = self._decoder.forward(inputs, batch, self._caches, views.get("sampled"), self._logits)
         if self._whole and len(out):
             self._keep(argmax(out), views.get("sampled_rows", rows))
         return out

@@ -22,6 +22,7 @@ class Layout:
     partition: tuple[int, ...]  # layers of each stage
     first: int = 0
     role: str = ""  # prefill | decode, where two layouts share the work
+    head_floats: bool = False  # the first stage has the head as well, and computes it for some of the steps
 
     @property
     def ranks(self) -> range:
@@ -56,11 +57,6 @@ class Layout:
         """The rank that has the last layer, and chooses tokens, but where the first stage computes the head."""
         return self.ranks[-self.tp]
 
-    @property
-    def head_floats(self) -> bool:
-        """Whether the first stage has the head as well, and computes it for some of the steps."""
-        return self.tp == 1 and len(self.partition) > 1 and self.role != "prefill"
-
     def feedback(self) -> Iterator[tuple[int, int]]:
         """Pairs of ranks that chosen tokens go between, or what they are chosen from, to those that begin with them."""
         return ((self.sampler, rank) for rank in self.ranks[: self.tp] if rank != self.sampler)
@@ -69,7 +65,7 @@ class Layout:
         stage = self.stage(rank)
         first = sum(self.partition[:stage])
         layers = range(first, first + self.partition[stage])
-        return Shard(model, layers, self.tp, self.share(rank), spare_head=self.head_floats and stage == 0)
+        return Shard(model, layers, self.tp, self.share(rank), self.head_floats)
 
 
 class Piece(NamedTuple):

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -84,9 +84,11 @@ class Pipeline:
         threads = threads or max(1, available_cores() // size)
         costs, layers = known_costs(plan, tp, threads), plan.spec.num_layers
         self._keep_costs = functools.partial(keep_costs, plan, tp, threads)
+        # On GPUs heads are recorded with the layers before them, and links are slow beside a head.
+        floats = tp == 1 < pp and plan.device == "cpu"
         if not partition and (costs or pp == 1 or prefill):
-            partition = deal(layers, pp, costs or Costs(1, 0, 0), head_floats=tp == 1 < pp)
-        layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "")
+            partition = deal(layers, pp, costs or Costs(1, 0, 0), floats)
+        layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "", floats)
         self._costs = costs or Costs.of_weights(plan.spec)
         self.world = World((layout,))
         self.ahead = AHEAD
@@ -118,7 +120,7 @@ class Pipeline:
     def _start(self, plan: EnginePlan, kv_cache_gib: float, threads: int) -> None:
         told: dict[str, Any] = dict(
             plan=str(plan.path),
-            layouts=[(part.tp, part.partition, part.first, part.role) for part in self.world.layouts],
+            layouts=[astuple(part) for part in self.world.layouts],
             threads=threads,
             kv_cache_gib=kv_cache_gib,
             deadline=DEADLINE,
@@ -316,10 +318,8 @@ class Pipeline:
 
     def close(self) -> None:
         """End the ranks, whatever they are doing. What their steps took tells how to deal layers next time."""
-        if len(self.world.layouts) == 1:
-            ranks = self.layout.ranks[:: self.layout.tp]
-            if (costs := Costs.of_run(self.layout.partition, self.occupancy, ranks)) is not None:
-                self._keep_costs(costs)
+        if len(self.world.layouts) == 1 and (costs := Costs.of_run(self.layout, self.occupancy)) is not None:
+            self._keep_costs(costs)
         self._selector.close()
         for rank in self._ranks:
             rank.end()

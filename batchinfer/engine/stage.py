@@ -142,7 +142,10 @@ class Stage:
 
     @torch.inference_mode()
     def forward(self, step: StepBatch, inputs: torch.Tensor | None) -> torch.Tensor:
-        """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``, or None for the step's tokens."""
+        """This shard's part of a step: what ``Decoder.forward`` gives for ``inputs``, or None for the step's tokens.
+
+        On a GPU logits are recorded with the last layer, and come with it.
+        """
         if self._gpu_steps is not None:
             return self._gpu_steps.forward(step, inputs)
         inputs = self._tensor(self._filled_in(step)) if inputs is None else inputs
@@ -168,11 +171,11 @@ class Stage:
         return token_ids
 
     @torch.inference_mode()
-    def sample(self, step: StepBatch, residual: torch.Tensor) -> torch.Tensor | None:
-        """Choose tokens from what the last layer gave, int32 ``[samples]``; None on all but a stage's first rank."""
+    def sample(self, step: StepBatch, out: torch.Tensor) -> torch.Tensor | None:
+        """Choose tokens from what ``forward`` gave, int32 ``[samples]``; None on all but a stage's first rank."""
         if not len(step.sampled):
             return None if self.shard.tp_rank else torch.empty(0, dtype=torch.int32)
-        logits = self.decoder.logits(residual)
+        logits = self.decoder.logits(out) if self._gpu_steps is None else out
         if self.shard.tp > 1:
             logits = self.peers.gather(logits, self.shard.vocabulary_shares)
         return None if logits is None else self.kernels.sample(logits, step.sampling)

@@ -90,7 +90,7 @@ class Worker:
         self.inbox = inbox
         told = inbox.get().fields
         self.rank = told["rank"]
-        self.world = World(tuple(Layout(tp, tuple(dealt), first, role) for tp, dealt, first, role in told["layouts"]))
+        self.world = World(tuple(Layout(tp, tuple(dealt), *more) for tp, dealt, *more in told["layouts"]))
         self.layout = self.world.layout(self.rank)
         plan = EnginePlan.load(told["plan"])
         torch.set_num_threads(told["threads"])

@@ -23,6 +23,7 @@ from batchinfer.engine import balance, pipeline
 from batchinfer.engine.balance import Costs, deal
 from batchinfer.engine.build import build
 from batchinfer.engine.kernels.linear import load_linear
+from batchinfer.engine.layout import Layout
 from batchinfer.engine.link import Link, encode
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.occupancy import Occupancy
@@ -276,17 +277,18 @@ def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, r
     assert told["head"] < 9.0 and 0 < told["sampled"] < 1, "the next engine is dealt by what this one's steps took"
 
 
-def test_a_run_tells_what_layers_and_head_cost():
+@pytest.mark.parametrize("floats, embedding", [(False, 0.0), (True, 1e-5)])
+def test_a_run_tells_what_layers_and_head_cost(floats, embedding):
     occupancy = Occupancy(2, 2)
     for step in range(300):
         occupancy.launched(100, 40, step)
-        occupancy.computed(0, 0.0, 17 * 100 * 3e-5 + 100 * 1e-5, 0)
+        occupancy.computed(0, 0.0, 17 * 100 * 3e-5 + 100 * embedding, 0)
         occupancy.computed(1, 0.0, 13 * 100 * 3e-5, 0)
-        occupancy.headed(step % 2, 0.0, 40 * 2e-4)
-    costs = Costs.of_run((17, 13), occupancy, (0, 1))
-    assert (costs.layer, costs.embedding) == (pytest.approx(3e-5), pytest.approx(1e-5))
+        occupancy.headed(step % 2 if floats else 1, 0.0, 40 * 2e-4)
+    costs = Costs.of_run(Layout(1, (17, 13), head_floats=floats), occupancy)
+    assert (costs.layer, costs.embedding) == (pytest.approx(3e-5), pytest.approx(embedding))
     assert (costs.head, costs.sampled) == (pytest.approx(2e-4), 0.4)
-    assert Costs.of_run((17, 13), Occupancy(2, 2), (0, 1)) is None
+    assert Costs.of_run(Layout(1, (17, 13)), Occupancy(2, 2)) is None
 
 
 def test_a_link_waits_for_the_beginning_of_a_message_but_not_in_the_middle():

@@ -28,7 +28,7 @@ class Shard:
     layers: range
     tp: int = 1
     tp_rank: int = 0
-    spare_head: bool = False  # it has the final norm and the head though the last layer is elsewhere
+    head_floats: bool = False  # the first layers' rank has the final norm and the head too
 
     def __post_init__(self) -> None:
         if self.tp > self.model.num_heads:
@@ -50,7 +50,7 @@ class Shard:
     @property
     def has_head(self) -> bool:
         """Whether the final norm and the head are here."""
-        return self.last or self.spare_head
+        return self.last or (self.first and self.head_floats)
 
     @functools.cached_property
     def kv_heads(self) -> range:
