@@ -29,6 +29,7 @@ from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.worker import work
 from batchinfer.errors import EngineError, ModelError
+from tests.conftest import DEMO_MODEL
 from tests.engine.test_families import prompts
 from tests.engine.tiny import VARIANTS, make_model
 
@@ -92,6 +93,19 @@ def test_every_family_says_the_same_from_shards(models, variant, ranks_are_threa
 def test_any_layout_says_what_one_rank_says(models, alone, tp, pp, options, ranks_are_threads):
     with contextlib.closing(Engine(models["llama"], tp=tp, pp=pp, **options, **OPTIONS)) as engine:
         assert said(engine) == said(alone)
+
+
+@pytest.fixture(scope="module")
+def demo_alone():
+    with contextlib.closing(Engine(DEMO_MODEL, **OPTIONS)) as engine:
+        return said(engine, SamplingParams(max_tokens=8), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [dict(pp=3), dict(pp=4), dict(tp=2, pp=2), dict(pp=2, prefill=(2, 1))], ids=str)
+def test_any_layout_of_the_demo_model_says_what_one_rank_says(layout, demo_alone, ranks_are_threads):
+    with contextlib.closing(Engine(DEMO_MODEL, **layout, **OPTIONS)) as engine:
+        assert said(engine, SamplingParams(max_tokens=8), 10) == demo_alone
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (2, 2)])
