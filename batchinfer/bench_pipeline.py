@@ -116,8 +116,9 @@ def _run(model: str, jobs: list[Request], micro_batches: int, batch_size: int) -
     with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as folder:
         trace = Path(folder, "trace.json")
         engine = Engine(
-            model, pp=2, threads=1, micro_batches=micro_batches, batch_size=batch_size, trace=trace, progress=False
-        )
+            model, device="cpu", pp=2, threads=1, micro_batches=micro_batches, batch_size=batch_size, trace=trace,
+            progress=False,
+        )  # fmt: skip
         list(engine.generate(jobs[:4]))  # warm-up: first touch
         engine.stage.forget()
         engine.trace.spans.clear()

@@ -83,17 +83,16 @@ class FloatingHead:
     """
 
     def __init__(self, partition: Sequence[int], costs: Costs) -> None:
-        self._head = costs.head
-        self._layers = (partition[-1] - partition[0]) * costs.layer - costs.embedding
-        self._more = 0.0  # that the last stage has had to do; what lies further back than a head is made good by none
+        self._last, self._head = partition[-1] * costs.layer, costs.head
+        self._layers = self._last - partition[0] * costs.layer - costs.embedding
+        self._more = 0.0  # that the last stage has had to do; what lies further back than a step is made good by none
 
     def on_first(self, step: StepBatch) -> bool:
         """To be asked for each step, in their order."""
-        self._more += self._layers * step.num_tokens
-        if not (head := self._head * len(step.sampled)):
-            return False
-        self._more = min(max(self._more, -head), head)
-        on_first = self._more > 0
+        head = self._head * len(step.sampled)
+        most = self._last * step.num_tokens + head
+        self._more = min(max(self._more + self._layers * step.num_tokens, -most), most)
+        on_first = head > 0 and self._more > 0
         self._more += -head if on_first else head
         return on_first
 

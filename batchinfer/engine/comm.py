@@ -149,7 +149,7 @@ class Sizes:
 
     slots: int  # tensors that may be under way from a rank to another
     hop_bytes: int  # the largest tensor of a hop
-    token_bytes: int  # the tokens of a step
+    token_bytes: int  # the tokens of a step, or what they are chosen from
     team_bytes: int  # the largest tensor of a sum or a gathering
     piece_bytes: int  # the largest tensor of keys and values
 

@@ -55,9 +55,9 @@ class Occupancy:
         self.busy[rank] += ended - begun
         self._bytes[rank] = sent
 
-    def headed(self, rank: int, begun: float, ended: float) -> None:
+    def headed(self, rank: int, begun: float, ended: float, sent: int) -> None:
         """It computed the head of a step, and chose tokens."""
-        self.busy[rank] += ended - begun
+        self.computed(rank, begun, ended, sent)
         self.heads[rank] += ended - begun
 
     def moved(self, rank: int, begun: float, ended: float) -> None:

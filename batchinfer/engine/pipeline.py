@@ -50,8 +50,7 @@ class Pipeline:
     another one; their tokens are taken in the same order. The last stage tells the first directly which they are, so
     that a step more may be launched before the engine knows; or it leaves it to the first to choose them, where that
     has less to do. With ranks that compute prompts apart from those that decode, a step goes to either, and each kind
-    ends in its own order. A rank that dies or is silent for too long ends
-    them all.
+    ends in its own order. A rank that dies or is silent for too long ends them all.
     """
 
     def __init__(
@@ -84,18 +83,18 @@ class Pipeline:
         threads = threads or max(1, available_cores() // size)
         costs, layers = known_costs(plan, tp, threads), plan.spec.num_layers
         self._keep_costs = functools.partial(keep_costs, plan, tp, threads)
+        self._costs = costs or Costs.of_weights(plan.spec)
         # On GPUs heads are recorded with the layers before them, and links are slow beside a head.
         floats = tp == 1 < pp and plan.device == "cpu"
         if not partition and (costs or pp == 1 or prefill):
-            partition = deal(layers, pp, costs or Costs(1, 0, 0), floats)
+            partition = deal(layers, pp, self._costs, floats)
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "", floats)
-        self._costs = costs or Costs.of_weights(plan.spec)
         self.world = World((layout,))
         self.ahead = AHEAD
         self.depth = (micro_batches or pp) + AHEAD
         self.prefill_depth = 0
         if prefill:
-            before = Layout(prefill[0], deal(layers, prefill[1], costs or Costs(1, 0, 0)), 0, "prefill")
+            before = Layout(prefill[0], deal(layers, prefill[1], self._costs), 0, "prefill")
             self.world = World((before, layout))
             self.prefill_depth = prefill[1] + 1
         self._arena: int | None = None
@@ -104,6 +103,7 @@ class Pipeline:
         self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_depth)
         self.trace = trace
         self._launched = 0
+        self._floating: FloatingHead | None = None
         self._heads: deque[tuple[int, bool]] = deque()  # of steps that decode: which, and whether the first stage's
         self._tokens: dict[Layout, dict[int, np.ndarray]] = {}  # by the number of the launch, not asked for yet
         try:
@@ -148,7 +148,8 @@ class Pipeline:
         for rank in self._ranks:
             rank.link.send("pages", count=pages)
         self.num_pages = pages
-        self._floating = FloatingHead(self.layout.partition, self._costs) if self.layout.head_floats else None
+        if self.layout.head_floats:
+            self._floating = FloatingHead(self.layout.partition, self._costs)
         ready = self._each("ready")
         self.page_size, self.kernels_name = ready[0].fields["page_size"], ready[0].fields["kernels"]
 
@@ -208,20 +209,25 @@ class Pipeline:
         return _Awaited(self, self.layout, number)
 
     def _order_heads(self, until: int) -> None:
-        """Tell the first stage that what comes next are its heads of steps up to this one."""
+        """Tell the first stage to compute its heads of steps up to this one."""
         while self._heads and self._heads[0][0] <= until:
             number, on_first = self._heads.popleft()
             if on_first:
                 self._tell(self.layout.ranks[:1], encode("head", number=number))
 
     def next_done(self, launched: Sequence[Tokens]) -> int:
-        """Which of the steps under way, oldest first, to ask for its tokens: prompts are long, others go on."""
+        """Which of the steps under way, oldest first, to ask for its tokens: prompts are long, others go on.
+
+        It is the oldest of its kind: two stages may tell of their heads in another order.
+        """
         if len(self.world.layouts) == 1:
             return 0
-        self._order_heads(next((step.number for step in launched if step.layout is self.layout), -1))
+        oldest = {awaited.layout: place for place, awaited in reversed([*enumerate(launched)])}
+        if self.layout in oldest:
+            self._order_heads(launched[oldest[self.layout]].number)
         while True:
-            for place, awaited in enumerate(launched):
-                if awaited.number in self._tokens.get(awaited.layout, {}):
+            for layout, place in oldest.items():
+                if launched[place].number in self._tokens.get(layout, {}):
                     return place
             self._listen(DEADLINE)
 
@@ -272,7 +278,7 @@ class Pipeline:
             self.occupancy.computed(rank.number, told["begun"], told["ended"], told["sent"])
         else:
             name, about = "head", {"samples": told["samples"]}
-            self.occupancy.headed(rank.number, told["begun"], told["ended"])
+            self.occupancy.headed(rank.number, told["begun"], told["ended"], told["sent"])
         if self.trace is not None:
             self.trace.add(rank.number, f"{name} {told['step']}", told["begun"], told["ended"], **about)
         if "tokens" in told:

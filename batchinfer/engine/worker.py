@@ -194,7 +194,8 @@ class Worker:
             if self.stage.shard.first:
                 self.stage.learn(launch.step.sampled_rows, chosen)
         tokens = None if chosen is None else to_host(chosen)
-        self._tell("head", begun, tokens, step=launch.number, samples=len(launch.step.sampled))
+        about = dict(step=launch.number, sent=self.peers.sent, samples=len(launch.step.sampled))
+        self._tell("head", begun, tokens, **about)
 
     def _learn(self, launch: Launch) -> None:
         """Take in the tokens that a step goes on from, and those that the engine has had, lest they pile up."""

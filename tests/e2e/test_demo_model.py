@@ -12,7 +12,7 @@ from batchinfer.engine.model.source import ModelSource
 from batchinfer.job import PromptSection, SamplingSection
 from tests.conftest import DEMO_MODEL
 
-PROMPTS, NEW_TOKENS = 64, 48
+PROMPTS, LONG, NEW_TOKENS = 64, 4, 48
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -34,13 +34,14 @@ def engine():
 
 @pytest.fixture(scope="module")
 def prompts(engine) -> list[list[int]]:
-    """The shortest of the sample prompts, through the chat template."""
+    """Sample prompts through the chat template: the shortest, and a few of the longest."""
     rows = pq.read_table("sample_data/prompts.parquet", columns=["prompt"])
     renderer = PromptRenderer(
         PromptSection(template="{{ prompt }}", chat="on"), SamplingSection(), engine.plan.tokenizer_dir, 8192
     )
     requests = renderer.render(rows, range(len(rows)), range(len(rows)))
-    return sorted((list(request.prompt_token_ids) for request in requests), key=len)[:PROMPTS]
+    by_length = sorted((list(request.prompt_token_ids) for request in requests), key=len)
+    return by_length[: PROMPTS - LONG] + by_length[-LONG:]
 
 
 def choices(model, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
@@ -73,10 +74,10 @@ def test_greedy_tokens_equal_transformers_for_64_sample_prompts(engine, referenc
 
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch_of_64(engine, prompts):
     sampled = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=3)
-    short = [prompt[-(16 + i) :] for i, prompt in enumerate(prompts)]
-    together = {c.key: c.outputs[0].token_ids for c in engine.generate(short, sampled)}
-    for i in range(0, PROMPTS, 8):
-        (alone,) = engine.generate([short[i]], sampled)
+    shorter = [prompt[-(16 + i) :] for i, prompt in enumerate(prompts[:-LONG])] + prompts[-LONG:]
+    together = {c.key: c.outputs[0].token_ids for c in engine.generate(shorter, sampled)}
+    for i in (*range(0, PROMPTS, 8), PROMPTS - 1):
+        (alone,) = engine.generate([shorter[i]], sampled)
         assert alone.outputs[0].token_ids == together[i]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 
 from batchinfer import Engine, SamplingParams
 from batchinfer.engine import balance, pipeline
-from batchinfer.engine.balance import Costs, deal
+from batchinfer.engine.balance import Costs, FloatingHead, deal
 from batchinfer.engine.build import build
 from batchinfer.engine.kernels.linear import load_linear
 from batchinfer.engine.layout import Layout
@@ -39,7 +40,10 @@ OPTIONS = dict(dtype="float32", device="cpu", batch_size=8, step_tokens=64, prog
 
 @pytest.fixture
 def ranks_are_threads(monkeypatch):
-    """Ranks of this process: everything but the starting of theirs, in a tenth of the time."""
+    """Ranks of this process: everything but the starting of theirs, in a tenth of the time.
+
+    Where heads float, they are the first stage's and the last's in turn, whatever they cost here.
+    """
 
     class Thread(pipeline._Rank):
         @classmethod
@@ -53,6 +57,9 @@ def ranks_are_threads(monkeypatch):
 
     monkeypatch.setattr(pipeline, "_Rank", Thread)
     monkeypatch.setattr(balance, "_SECONDS", 0.01)
+    turns = itertools.count()
+    alternating = lambda self, step: len(step.sampled) > 0 and next(turns) % 2 == 1  # noqa: E731
+    monkeypatch.setattr(balance.FloatingHead, "on_first", alternating)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,15 @@ def test_every_family_says_the_same_from_shards(models, variant, ranks_are_threa
 
 @pytest.mark.parametrize(
     ("tp", "pp", "options"),
-    [(1, 2, {}), (2, 1, {}), (2, 2, {"micro_batches": 4}), (1, 3, {"pp_partition": (1, 1, 1)}), (3, 1, {})],
+    [
+        (1, 2, {}),
+        (1, 2, {"micro_batches": 1}),
+        (1, 2, {"micro_batches": 5}),
+        (2, 1, {}),
+        (2, 2, {"micro_batches": 4}),
+        (1, 3, {"pp_partition": (1, 1, 1)}),
+        (3, 1, {}),
+    ],
 )
 def test_any_layout_says_what_one_rank_says(models, alone, tp, pp, options, ranks_are_threads):
     with contextlib.closing(Engine(models["llama"], tp=tp, pp=pp, **options, **OPTIONS)) as engine:
@@ -266,10 +281,46 @@ def test_the_first_stage_computes_heads_as_well(models, tmp_path, ranks_are_thre
     with contextlib.closing(Engine(models["llama"], pp=2, threads=1, trace=trace, **OPTIONS)) as engine:
         said(engine)
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
-    heads = [(int(e["name"].split()[1]), e["tid"]) for e in events if e["name"].startswith("head")]
-    steps = {int(e["name"].split()[1]) for e in events if e["name"].startswith("step")}
-    assert {rank for _, rank in heads} == {1, 2}
-    assert len(heads) == len(dict(heads)) and abs(len(steps) - len(heads)) <= 1, "each step has one head"
+    heads = [e for e in events if e["name"].startswith("head")]
+    steps = {e["name"].split()[1] for e in events if e["name"].startswith("step")}
+    assert {e["tid"] for e in heads if e["args"]["samples"]} == {1, 2}
+    numbers = [e["name"].split()[1] for e in heads]
+    assert len(numbers) == len(set(numbers)) and abs(len(steps) - len(numbers)) <= 1, "each step has one head"
+
+
+@pytest.mark.parametrize("partition", [(9, 8), (8, 9)])
+def test_heads_go_where_there_is_less_to_do(partition):
+    step = namedtuple("Step", "num_tokens sampled")
+    costs = Costs(layer=1e-5, embedding=2e-5, head=8e-5)
+    floating, spent = FloatingHead(partition, costs), [0.0, 0.0]
+    for tokens, samples in [(300, 0), (200, 8), (100, 60), (64, 64), (65, 65), (64, 63)] * 20:
+        on_first = floating.on_first(step(tokens, range(samples)))
+        assert samples or not on_first, "the last stage tells of a step without samples"
+        spent[0] += tokens * (partition[0] * costs.layer + costs.embedding)
+        spent[1] += tokens * partition[1] * costs.layer
+        spent[not on_first] += samples * costs.head
+    assert max(spent) < 1.06 * min(spent)
+
+
+def test_a_stage_that_was_ahead_for_long_is_not_made_to_wait_for_it():
+    """Prompts alone, of which the first stage has more; then decoding, which is to be even at once."""
+    step = namedtuple("Step", "num_tokens sampled")
+    floating = FloatingHead((10, 8), Costs(layer=1e-5, embedding=0.0, head=8e-5))
+    for _ in range(50):
+        floating.on_first(step(500, range(1)))
+    decoding = [floating.on_first(step(64, range(64))) for _ in range(8)]
+    assert any(decoding[:4]) and 2 <= sum(decoding) <= 4
+
+
+def test_steps_end_in_order_though_two_stages_tell_of_their_heads(models, ranks_are_threads):
+    with contextlib.closing(Engine(models["llama"], pp=2, prefill=(1, 1), **OPTIONS)) as engine:
+        stage = engine.stage
+        prompts_first, decoding = stage.world.layouts[0], stage.layout
+        launched = [pipeline._Awaited(stage, *which) for which in [(decoding, 7), (prompts_first, 8), (decoding, 9)]]
+        stage._tokens = {decoding: {9: np.zeros(1)}, prompts_first: {8: np.zeros(1)}}
+        assert stage.next_done(launched) == 1
+        stage._tokens[decoding][7] = np.zeros(1)
+        assert stage.next_done(launched) == 0
 
 
 def test_layers_are_dealt_by_measured_time_once(models, monkeypatch, tmp_path, ranks_are_threads):
@@ -298,7 +349,7 @@ def test_a_run_tells_what_layers_and_head_cost(floats, embedding):
         occupancy.launched(100, 40, step)
         occupancy.computed(0, 0.0, 17 * 100 * 3e-5 + 100 * embedding, 0)
         occupancy.computed(1, 0.0, 13 * 100 * 3e-5, 0)
-        occupancy.headed(step % 2 if floats else 1, 0.0, 40 * 2e-4)
+        occupancy.headed(step % 2 if floats else 1, 0.0, 40 * 2e-4, 0)
     costs = Costs.of_run(Layout(1, (17, 13), head_floats=floats), occupancy)
     assert (costs.layer, costs.embedding) == (pytest.approx(3e-5), pytest.approx(embedding))
     assert (costs.head, costs.sampled) == (pytest.approx(2e-4), 0.4)
@@ -352,7 +403,8 @@ def test_rows_that_were_preempted_are_computed_again_by_the_ranks_for_prompts(mo
         assert engine.scheduler.preemptions > 0
 
 
-def test_ranks_of_other_machines_meet_the_engine_as_torchruns_processes_do(models, alone, monkeypatch):
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2)])
+def test_ranks_of_other_machines_meet_the_engine_as_torchruns_processes_do(models, alone, monkeypatch, tp, pp):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -360,13 +412,13 @@ def test_ranks_of_other_machines_meet_the_engine_as_torchruns_processes_do(model
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "batchinfer.engine.worker"],
-            env=os.environ | meeting | {"RANK": str(rank), "WORLD_SIZE": "4", "PYTHONPATH": os.getcwd()},
+            env=os.environ | meeting | {"RANK": str(rank), "WORLD_SIZE": str(tp * pp), "PYTHONPATH": os.getcwd()},
         )
-        for rank in range(4)
+        for rank in range(tp * pp)
     ]
     for name, value in meeting.items():
         monkeypatch.setenv(name, value)
-    with contextlib.closing(Engine(models["llama"], tp=2, pp=2, pp_partition=(1, 2), **OPTIONS)) as engine:
+    with contextlib.closing(Engine(models["llama"], tp=tp, pp=pp, pp_partition=(1, 2), **OPTIONS)) as engine:
         assert said(engine) == said(alone)
     assert all(rank.wait(timeout=20) == 0 for rank in ranks)
 
