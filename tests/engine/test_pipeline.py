@@ -36,6 +36,7 @@ from tests.engine.tiny import VARIANTS, make_model
 
 GREEDY = SamplingParams(max_tokens=24)
 OPTIONS = dict(dtype="float32", device="cpu", batch_size=8, step_tokens=64, progress=False)
+DEMO_OPTIONS = OPTIONS | dict(batch_size=24, step_tokens=192)  # a plan that the end-to-end tests build too
 
 
 @pytest.fixture
@@ -112,14 +113,14 @@ def test_any_layout_says_what_one_rank_says(models, alone, tp, pp, options, rank
 
 @pytest.fixture(scope="module")
 def demo_alone():
-    with contextlib.closing(Engine(DEMO_MODEL, **OPTIONS)) as engine:
+    with contextlib.closing(Engine(DEMO_MODEL, **DEMO_OPTIONS)) as engine:
         return said(engine, SamplingParams(max_tokens=8), 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [dict(pp=3), dict(pp=4), dict(tp=2, pp=2), dict(pp=2, prefill=(2, 1))], ids=str)
 def test_any_layout_of_the_demo_model_says_what_one_rank_says(layout, demo_alone, ranks_are_threads):
-    with contextlib.closing(Engine(DEMO_MODEL, **layout, **OPTIONS)) as engine:
+    with contextlib.closing(Engine(DEMO_MODEL, **layout, **DEMO_OPTIONS)) as engine:
         assert said(engine, SamplingParams(max_tokens=8), 10) == demo_alone
 
 

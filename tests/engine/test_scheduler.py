@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchinfer.engine.kv_cache import PagePool, page_hashes
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import Scheduler, Sequence
+from batchinfer.engine.scheduler import _PREFILL_STEPS, Scheduler, Sequence
 from batchinfer.request import SamplingParams
 
 EOS = 1
@@ -257,7 +257,7 @@ def test_prefill_is_spread_over_the_steps_of_a_pipeline():
     while (step := scheduler.schedule()) is not None:
         sizes.append(step.num_tokens)
     assert sum(sizes) == 64 * 40
-    assert sizes[0] == 64 * 40 // 32 and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
+    assert sizes[0] == -(-64 * 40 // _PREFILL_STEPS) and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
 
 
 def test_prompts_that_follow_others_make_no_step_much_longer_than_its_neighbours():
