@@ -4,7 +4,9 @@ one of them wrote (see ``write``) says what it says.
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +17,11 @@ from batchinfer.engine.kernels.linear.int4 import dequantize
 from batchinfer.engine.quant import awq, gptq
 from batchinfer.engine.quant.calibration import Inputs
 from batchinfer.engine.quant.int4 import Grid
-from tests.engine.quant.write import WRITTEN
+from tests.engine.quant.write import OUTPUT, PROMPTS, WRITTEN
 from tests.engine.tiny import make_tokenizer
 from tests.engine.train import TRAINED
 
 GROUP = 32
-PROMPTS = [[(7 * i * j + j) % 256 for j in range(12)] for i in range(1, 25)]
 
 
 @pytest.fixture(scope="module", params=["self_attn.q_proj", "mlp.gate_proj"])
@@ -68,14 +69,21 @@ def test_gptq_rounds_as_llmcompressor_rounds(layer, act_order):
     assert (rounded - theirs[0]).abs().lt(1e-5).float().mean() < 0.9 < 0.999 < alike.float().mean()
 
 
+def said(name: str, folder: Path) -> tuple[str, list[list[int]]]:
+    """How a written checkpoint is quantised, and what it says to PROMPTS."""
+    shutil.copytree(WRITTEN / name, folder / name)
+    make_tokenizer().save_pretrained(folder / name)
+    engine = Engine(folder / name, device="cpu", dtype="float32", seq_len=64, progress=False)
+    done = engine.generate(PROMPTS, SamplingParams(max_tokens=OUTPUT, ignore_eos=True))
+    answers = {completion.key: completion.outputs[0].token_ids for completion in done}
+    return engine.plan.quantization, [answers[key] for key in sorted(answers)]
+
+
 @pytest.mark.parametrize("form", ["awq", "gptq"])
 def test_what_another_tool_wrote_says_what_the_tool_takes_it_for(tmp_path, form):
-    said = {}
-    for name in (form, "plain"):
-        shutil.copytree(WRITTEN / name, tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-        engine = Engine(tmp_path / name, device="cpu", dtype="float32", seq_len=64, progress=False)
-        done = engine.generate(PROMPTS, SamplingParams(max_tokens=8, ignore_eos=True))
-        said[name] = {completion.key: completion.outputs[0].token_ids for completion in done}
-        assert engine.plan.quantization == (form if name == form else "none")
-    assert said[form] == said["plain"]
+    assert said(form, tmp_path) == (form, said("plain", tmp_path)[1])
+
+
+def test_what_a_search_for_scales_wrote_says_what_its_tool_says(tmp_path):
+    answers = json.loads((WRITTEN / "searched" / "said.json").read_text())
+    assert said("searched", tmp_path) == ("compressed-tensors", answers)
