@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import OutputError
+from batchinfer.flock import held_by_another, was_left
+
+_FRESH = 60  # seconds in which a scratch folder is its maker's, locked or not yet
 
 
 def cache_root() -> Path:
@@ -26,17 +31,20 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     """Make ``target`` all at once: ``fill`` writes a scratch folder beside it, which is then renamed into place.
 
     An interrupted ``fill`` leaves no ``target``; of two processes that race, the first wins and the other's work is
-    thrown away.
+    thrown away. What a process that was killed left of its scratch folder goes when the same target is made again.
 
     Raises: OutputError if nothing can be written there.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        lock = os.open(scratch, os.O_RDONLY)
     except OSError as error:
         hint = "; BATCHINFER_CACHE names another folder" if cache_root() in target.parents else ""
         raise OutputError(f"cannot write {target.parent}: {error.strerror}{hint}") from None
     try:
+        held_by_another(lock)  # so that nobody sweeps it
         fill(scratch)
         scratch.chmod(0o755)
         try:
@@ -46,7 +54,20 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
     return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove scratch folders of ``target`` whose makers were killed."""
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}"):
+        with contextlib.suppress(OSError):
+            lock = os.open(scratch, os.O_RDONLY)
+            try:
+                if time.time() - scratch.stat().st_mtime > _FRESH and was_left(lock):
+                    shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def kept(kind: str, key: str) -> Any:

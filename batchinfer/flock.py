@@ -21,3 +21,15 @@ def held_by_another(file: TextIO | int, shared: bool = False) -> bool:
     except OSError:
         pass
     return False
+
+
+def was_left(file: TextIO | int) -> bool:
+    """Whether whoever held the lock on an open file has ended, and it is taken now.
+
+    Where a file system knows no locks, nobody can tell: False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from batchinfer.cache import make_folder
 from batchinfer.errors import OutputError
+from batchinfer.flock import held_by_another
 
 
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
@@ -16,6 +19,22 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert make_folder(tmp_path / "made", lambda folder: (folder / "file").touch()) == tmp_path / "made"
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
+
+
+def test_what_a_killed_maker_left_goes_when_the_same_is_made_again_and_what_others_are_making_stays(tmp_path):
+    left, under_way, of_another, fresh = (
+        tmp_path / name for name in (".made.abcdefgh", ".made.ijklmnop", ".made-2.abcdefgh", ".made.qrstuvwx")
+    )
+    for folder in (left, under_way, of_another, fresh):
+        folder.mkdir()
+        (folder / "half").touch()
+        if folder != fresh:
+            os.utime(folder, (0, 0))
+    lock = os.open(under_way, os.O_RDONLY)
+    assert not held_by_another(lock)
+    make_folder(tmp_path / "made", lambda folder: (folder / "file").touch())
+    os.close(lock)
+    assert {path.name for path in tmp_path.iterdir()} == {"made", under_way.name, of_another.name, fresh.name}
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):
