@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from batchinfer.engine.kernels.linear import Linear
@@ -21,6 +22,7 @@ class Quality:
     perplexity: float  # of the quantised model
     reference_perplexity: float  # of the model in the engine's dtype
     agreement: float  # share of tokens where both find the same one likeliest
+    standard_error: float  # of ``loss``, for being measured with so many tokens and no more
 
     @property
     def loss(self) -> float:
@@ -29,7 +31,8 @@ class Quality:
 
     def __str__(self) -> str:
         return (
-            f"perplexity {self.perplexity:.3f}, unquantised {self.reference_perplexity:.3f} ({self.loss:+.2%}); "
+            f"perplexity {self.perplexity:.3f}, unquantised {self.reference_perplexity:.3f} "
+            f"({self.loss:+.2%} ± {self.standard_error:.2%}); "
             f"greedy agreement {self.agreement:.1%} of {self.tokens:,} held-out tokens"
         )
 
@@ -42,7 +45,8 @@ def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: 
     predicts = torch.ones(len(ids), dtype=torch.bool)
     predicts[last] = False
     following = ids.roll(-1)
-    surprise, agreed, count, first = [0.0, 0.0], 0, 0, 0
+    surprise, agreed, count, first = torch.zeros(2, dtype=torch.double), 0, 0, 0
+    squares = 0.0  # of how much more a token surprises one than the other
     for states in zip(quantised.normed(norm), reference.normed(norm), strict=True):
         chosen = predicts[first : first + len(states[0])]
         wanted = following[first : first + len(states[0])][chosen].to(norm.device)
@@ -51,9 +55,13 @@ def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: 
         for part in range(0, len(wanted), CHUNK_ROWS):
             now = slice(part, part + CHUNK_ROWS)
             logits = [head(state[now]).float() for state in kept]
-            for side, values in enumerate(logits):
-                surprise[side] += float(torch.nn.functional.cross_entropy(values, wanted[now], reduction="sum"))
+            each = torch.stack([F.cross_entropy(values, wanted[now], reduction="none") for values in logits]).double()
+            surprise += each.sum(1).cpu()
+            squares += float((each[0] - each[1]).square().sum())
             agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
         count += len(wanted)
-    perplexity, reference_perplexity = (math.exp(min(total / count, 700)) for total in surprise)
-    return Quality(count, perplexity, reference_perplexity, agreed / count)
+    means = (surprise / count).tolist()
+    perplexity, reference_perplexity = (math.exp(min(mean, 700)) for mean in means)
+    variance = max(squares / count - (means[0] - means[1]) ** 2, 0.0)
+    standard_error = perplexity / reference_perplexity * math.sqrt(variance / count)
+    return Quality(count, perplexity, reference_perplexity, agreed / count, standard_error)

@@ -139,6 +139,7 @@ def test_every_scheme_builds_an_engine_that_runs_and_is_measured(tmp_path, schem
     plan = build(str(folder), tmp_path / "engine", device=device, dtype="bfloat16", progress=False, **options)
     assert plan.quantization == scheme and plan.quality["tokens"] == 3 * 39
     assert 0 < plan.quality["agreement"] <= 1
+    assert 0 < plan.quality["standard_error"] < plan.quality["perplexity"] / plan.quality["reference_perplexity"]
     stored = plan.weights("layer-000")
     assert "qkv.weight" not in stored and "qkv.bias" in stored
     done = list(Engine(plan).generate(ROWS, SamplingParams(max_tokens=3, ignore_eos=True)))
