@@ -34,6 +34,7 @@ from batchinfer.errors import ModelError, StalePlanError
 from batchinfer.flock import held_by_another
 
 KV_MAX_LOSS = 0.01  # of perplexity that a build accepts of keys and values in 8 bits alone, unless told otherwise
+NEAREST = "smoothquant"  # to a scheme that the device has to emulate
 _CALIBRATION_TOKENS = 16384  # that quantising is calibrated and measured with: a minute or two of a small CPU
 
 
@@ -115,6 +116,9 @@ def build(
         print(f"batchinfer: building the engine of {source.name}, once, into {target}", file=sys.stderr, flush=True)
         for profile in made:
             print(f"batchinfer: for {profile}", file=sys.stderr, flush=True)
+        if scheme is not None and not scheme.native(torch.device(device)):
+            here = f"{device_name(device)} does not multiply {scheme.name}: emulated, the same numbers but slow"
+            print(f"batchinfer: {here}; {NEAREST} is as small, and fast", file=sys.stderr, flush=True)
 
     def fill(folder: Path) -> None:
         (folder / "tokenizer").mkdir()

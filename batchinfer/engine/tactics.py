@@ -21,6 +21,7 @@ from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, Kernels, SamplingBatch, contenders
 from batchinfer.engine.kernels import __file__ as kernels_home
 from batchinfer.engine.kernels.linear import Linear, linear_contenders
+from batchinfer.engine.kernels.linear.fp8 import multiplies_fp8
 from batchinfer.engine.model.source import file_digest
 from batchinfer.host import available_cores
 
@@ -140,7 +141,8 @@ def _operations(plan: EnginePlan) -> Iterator[_Operation]:
 
         form, makes = linear_contenders(group, name)
         ways = {n: functools.partial(ready, functools.cache(make)) for n, make in makes.items()}
-        return _Operation(name, f"{form} {len(group[f'{name}.{form}'])}×{width}", tokens, ways)
+        told = "fp8, emulated," if form == "fp8" and not multiplies_fp8(group[f"{name}.fp8"]) else form
+        return _Operation(name, f"{told} {len(group[f'{name}.{form}'])}×{width}", tokens, ways)
 
     def norm(one: Kernels, tokens: int) -> Callable[[], Any]:
         residual, delta = some(tokens, hidden, torch.float32), some(tokens, hidden)

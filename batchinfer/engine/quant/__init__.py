@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchinfer.engine.kernels import KV_DTYPES
 from batchinfer.engine.kernels.linear import dense
+from batchinfer.engine.kernels.linear.fp8 import has_fp8
 from batchinfer.engine.model.decoder import Layer
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.quant import awq, fp8, gptq, int4, int8, kv, smoothquant
@@ -40,6 +41,7 @@ class Scheme:
     max_loss: float  # of perplexity, as a fraction, that a build accepts unless told otherwise
     calibrated: bool = False  # looks at inputs
     grouped: bool = False
+    native: Callable[[torch.device], bool] = lambda device: True  # whether a device multiplies such numbers as they are
 
 
 def _each(quantize: Callable[..., Group], *, grouped: bool = False, seen: bool = False) -> QuantizeLayer:
@@ -58,7 +60,7 @@ def _each(quantize: Callable[..., Group], *, grouped: bool = False, seen: bool =
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("fp8", _each(fp8.quantize, seen=True), 0.01, calibrated=True),
+        Scheme("fp8", _each(fp8.quantize, seen=True), 0.01, calibrated=True, native=has_fp8),
         Scheme("int8", _each(int8.quantize), 0.01),
         Scheme("int4", _each(int4.quantize, grouped=True), 0.03, grouped=True),
         Scheme("gptq", _each(gptq.quantize, grouped=True, seen=True), 0.03, calibrated=True, grouped=True),

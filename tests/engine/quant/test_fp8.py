@@ -59,15 +59,17 @@ def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device):
     assert equal > 0.4 * len(said["none"])  # by chance one of 320
 
 
-def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_path):
+def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_path, capsys):
     from batchinfer.engine.build import build
     from batchinfer.engine.plan import describe
 
     folder = make_model(tmp_path / "model", "llama")
-    options = dict(seq_len=64, progress=False, device="cpu", max_quality_loss=9)
+    options = dict(seq_len=64, device="cpu", max_quality_loss=9)
     plans = [
         build(str(folder), tmp_path / f"engine-{i}", quantization=quantization, **options)
         for i, quantization in enumerate(["fp8", "fp8", "none"])
     ]
     assert describe(plans[0]) == describe(plans[1]) != describe(plans[2])
     assert plans[0].fingerprint == plans[1].fingerprint
+    assert capsys.readouterr().err.count("does not multiply fp8: emulated") == 2
+    assert "fp8, emulated, 80×48" in plans[0].explain()
