@@ -23,14 +23,6 @@ struct Step {
     float eps;
 };
 
-// A thread's part of y = x @ m.T, by way of `rounded` where that is in 8 bits.
-void multiply(const Matrix& m, const bf16* x, bf16* y, int64_t rows, bool gated, Rounded& rounded, Team team) {
-    if (!m.scale) return multiply_bf16(m, x, y, rows, gated, team);
-    rounded.take(x, m.k, team.share(rows));
-    team.wait();
-    multiply_w8a8(m, rounded, y, rows, gated, team);
-}
-
 template <class Kept>
 void run(const Layer* layers, int64_t count, const Shape& shape, const Batch& batch, const Step& step, int threads) {
     static thread_local Memory partials;
@@ -42,34 +34,52 @@ void run(const Layer* layers, int64_t count, const Shape& shape, const Batch& ba
     const Dealt dealt = attention.deal(threads);
     float* const partial = partials.at_least(dealt.partial);
     std::atomic<size_t> taken;
+    Work work(threads);
 #pragma omp parallel num_threads(threads) firstprivate(attention)
     {
-        const Team team = Team::here();
-        const Range own_tokens = team.share(tokens);
-        const auto add_and_norm = [&](const bf16* delta, const float* weight) {
-            for (int64_t t = own_tokens.begin; t < own_tokens.end; ++t)
-                add_rms_norm_row(step.residual + t * hidden, delta ? delta + t * hidden : nullptr, weight, step.eps,
-                                 step.normed + t * hidden, hidden);
+        Team team = Team::here(work);
+        // The next product's activations are rounded where the rows are at hand, else in a pass of their own.
+        const auto add_and_norm = [&](const bf16* delta, const float* weight, const Matrix& next) {
+            team.deal(tokens, ROWS_AT_ONCE, [&](Range range) {
+                for (int64_t t = range.begin; t < range.end; ++t) {
+                    bf16* const normed = step.normed + t * hidden;
+                    add_rms_norm_row(step.residual + t * hidden, delta ? delta + t * hidden : nullptr, weight, step.eps,
+                                     normed, hidden);
+                    if (next.scale) rounded.take_row(normed, hidden, t);
+                }
+            });
+            team.wait();
+        };
+        const auto round = [&](const Matrix& next, const bf16* x) {
+            if (!next.scale) return;
+            team.deal(tokens, ROWS_AT_ONCE, [&](Range range) { rounded.take(x, next.k, range); });
+            team.wait();
+        };
+        const auto multiply = [&](const Matrix& m, const bf16* x, bf16* y, bool gated) {
+            if (m.scale)
+                multiply_w8a8(m, rounded, y, tokens, gated, team);
+            else
+                multiply_bf16(m, x, y, tokens, gated, team);
             team.wait();
         };
         for (const Layer* layer = layers; layer < layers + count; ++layer) {
-            add_and_norm(layer == layers ? nullptr : step.delta, layer->attn_norm);
-            multiply(layer->qkv, step.normed, step.qkv, tokens, false, rounded, team);
-            team.wait();
+            add_and_norm(layer == layers ? nullptr : step.delta, layer->attn_norm, layer->qkv);
+            multiply(layer->qkv, step.normed, step.qkv, false);
             attention.cache = static_cast<Kept*>(layer->cache);
-            rope_write(shape, step.qkv, step.cos_sin, batch, static_cast<Kept*>(layer->cache), layer->q_norm,
-                       layer->k_norm, step.eps, step.q, own_tokens);
+            team.deal(tokens, ROWS_AT_ONCE, [&](Range range) {
+                rope_write(shape, step.qkv, step.cos_sin, batch, static_cast<Kept*>(layer->cache), layer->q_norm,
+                           layer->k_norm, step.eps, step.q, range);
+            });
             if (team.thread == 0) taken = 0;
             team.wait();
             attention.work_off(dealt, partial, taken);
             team.wait();
-            multiply(layer->o, step.attended, step.delta, tokens, false, rounded, team);
-            team.wait();
-            add_and_norm(step.delta, layer->mlp_norm);
-            multiply(layer->gate_up, step.normed, step.activated, tokens, true, rounded, team);
-            team.wait();
-            multiply(layer->down, step.activated, step.delta, tokens, false, rounded, team);
-            team.wait();
+            round(layer->o, step.attended);
+            multiply(layer->o, step.attended, step.delta, false);
+            add_and_norm(step.delta, layer->mlp_norm, layer->gate_up);
+            multiply(layer->gate_up, step.normed, step.activated, true);
+            round(layer->down, step.activated);
+            multiply(layer->down, step.activated, step.delta, false);
         }
     }
 }

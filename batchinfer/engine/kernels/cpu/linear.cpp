@@ -11,10 +11,11 @@ void linear_w8a8(const Matrix& m, const T* x, T* y, int64_t rows, bool gated, in
     static thread_local Rounded own;
     Rounded& rounded = own;  // the caller's, for all threads
     rounded.make_room(rows, m.k);
+    Work work(threads);
 #pragma omp parallel num_threads(threads) if (worth_threads(m, rows))
     {
-        const Team team = Team::here();
-        rounded.take(x, m.k, team.share(rows));
+        Team team = Team::here(work);
+        team.deal(rows, ROWS_AT_ONCE, [&](Range range) { rounded.take(x, m.k, range); });
         team.wait();
         multiply_w8a8(m, rounded, y, rows, gated, team);
     }
@@ -31,8 +32,12 @@ EXPORTED int best_bf16() {  // where there are tiles in hardware, whoever uses t
 #endif
 }
 EXPORTED void linear_bf16(const Matrix* m, const bf16* x, bf16* y, int64_t rows, int gated, int threads) {
+    Work work(threads);
 #pragma omp parallel num_threads(threads) if (worth_threads(*m, rows))
-    multiply_bf16(*m, x, y, rows, bool(gated), Team::here());
+    {
+        Team team = Team::here(work);
+        multiply_bf16(*m, x, y, rows, bool(gated), team);
+    }
 }
 EXPORTED void linear_w8a8_f32(const Matrix* m, const float* x, float* y, int64_t rows, int gated, int threads) {
     linear_w8a8(*m, x, y, rows, bool(gated), threads);

@@ -31,8 +31,8 @@ INLINE void put(const Output<T>& to, bool gated, int64_t row, int64_t block, int
     }
 }
 
-// A thread's part of bfloat16 times bfloat16.
-INLINE void multiply_bf16(const Matrix& m, const bf16* x, bf16* y, int64_t rows, bool gated, Team team) {
+// bfloat16 times bfloat16, by a team.
+INLINE void multiply_bf16(const Matrix& m, const bf16* x, bf16* y, int64_t rows, bool gated, Team& team) {
     const int64_t blocks = blocks_of(m), apart = gated ? blocks / 2 : 1;
     const Output<bf16> to{static_cast<const bf16*>(m.bias), y, m.n, gated ? m.n / 2 : m.n};
     multiply<__m512>(x, m.k, rows, m.weights, blocks, apart, m.k / 2, team,
@@ -44,23 +44,20 @@ INLINE void multiply_bf16(const Matrix& m, const bf16* x, bf16* y, int64_t rows,
 // x / scale + 128, so that 0 becomes 128; returns the scale. Where something is not finite, the scale is NaN.
 template <class T>
 float quantize_row(const T* x, int64_t n, uint8_t* to, int64_t padded) {
-    vf most = {};
-    __mmask16 nan = 0;
-    float top = 0;
+    // Of bit patterns without their sign, the largest tells: what is not finite is above all that is.
+    vi most = {};
+    int32_t top = 0;
     int64_t i = 0;
     for (; i + VL <= n; i += VL) {
-        const vf v = load_float(x + i);
-        nan |= _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-        most = max((vf)_mm512_abs_ps((__m512)v), most);
+        const vi v = bits<vi>(load_float(x + i)) & 0x7fffffff;
+        most = v > most ? v : most;
     }
-    for (; i < n; ++i) {
-        const float v = to_float(x[i]);
-        nan |= v != v;
-        top = std::max(top, __builtin_fabsf(v));
-    }
-    top = std::max(top, largest(most));
-    const float scale = nan || top > 3.4e38f ? __builtin_nanf("") : top / 127.0f;
-    const float inverse = top > 0 && scale == scale ? 127.0f / top : 0.0f;
+    for (int lane = 0; lane < VL; ++lane) top = std::max(top, most[lane]);
+    for (; i < n; ++i) top = std::max(top, bits<int32_t>(to_float(x[i])) & 0x7fffffff);
+    const float largest = bits<float>(top);
+    const bool finite = top < 0x7f800000;
+    const float scale = finite ? largest / 127.0f : __builtin_nanf("");
+    const float inverse = finite && top > 0 ? 127.0f / largest : 0.0f;
     for (i = 0; i + VL <= n; i += VL) {
         const __m512i q = _mm512_cvtps_epi32((__m512)(load_float(x + i) * inverse));
         _mm_storeu_si128((__m128i*)(to + i),
@@ -84,14 +81,18 @@ struct Rounded {  // activations in 8 bits
 
     template <class T>
     void take(const T* x, int64_t k, Range rows) {
-        for (int64_t r = rows.begin; r < rows.end; ++r)
-            scales[r] = quantize_row(x + r * k, k, codes.data() + r * padded(k), padded(k));
+        for (int64_t r = rows.begin; r < rows.end; ++r) take_row(x + r * k, k, r);
+    }
+
+    template <class T>
+    void take_row(const T* x, int64_t k, int64_t row) {
+        scales[row] = quantize_row(x, k, codes.data() + row * padded(k), padded(k));
     }
 };
 
-// A thread's part of W8A8.
+// W8A8, by a team.
 template <class T>
-INLINE void multiply_w8a8(const Matrix& m, const Rounded& x, T* y, int64_t rows, bool gated, Team team) {
+INLINE void multiply_w8a8(const Matrix& m, const Rounded& x, T* y, int64_t rows, bool gated, Team& team) {
     const int64_t blocks = blocks_of(m), apart = gated ? blocks / 2 : 1, padded = Rounded::padded(m.k);
     const float* const row_scale = x.scales.data();
     const Output<T> to{static_cast<const T*>(m.bias), y, m.n, gated ? m.n / 2 : m.n};

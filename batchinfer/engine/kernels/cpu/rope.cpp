@@ -7,8 +7,14 @@ template <class T, class Kept>
 void rope_write_all(const Shape& shape, const T* qkv, const float* cos_sin, const Batch& batch, Kept* cache,
                     const float* q_norm, const float* k_norm, float eps, T* q_out, int threads) {
     const int64_t row = int64_t(shape.heads + 2 * shape.kv_heads) * shape.dim;
+    Work work(threads);
 #pragma omp parallel num_threads(threads) if (batch.tokens * row > 1 << 15)
-    rope_write(shape, qkv, cos_sin, batch, cache, q_norm, k_norm, eps, q_out, Team::here().share(batch.tokens));
+    {
+        Team team = Team::here(work);
+        team.deal(batch.tokens, ROWS_AT_ONCE, [&](Range tokens) {
+            rope_write(shape, qkv, cos_sin, batch, cache, q_norm, k_norm, eps, q_out, tokens);
+        });
+    }
 }
 
 }  // namespace
