@@ -15,7 +15,7 @@ WHOLE = Profile.of({}, "cpu", 8192)
 
 def test_a_number_is_the_most_and_the_rest_is_chosen():
     made = Profile.of({"batch_size": 64, "seq_len": {"opt": 100, "max": 300}}, "cpu", 8192)
-    assert made == Profile(64, 512, 300, opt=Shape(64, 512, 100), min=Shape(1, 1, 1))
+    assert made == Profile(64, 320, 300, opt=Shape(64, 320, 100), min=Shape(1, 1, 1))
     assert WHOLE.seq_len == 8192 and WHOLE.opt.seq_len == 128, "memory is for sequences as they usually are"
     assert Profile.of({}, "cuda", 2048) == Profile(1024, 8192, 2048)
 
@@ -51,7 +51,7 @@ def test_a_plan_is_asked_only_for_what_is_said():
 def test_limits_are_the_most_that_any_profile_has():
     profiles = in_order([WHOLE, Profile(256, 256, 64)])
     assert [profile.seq_len for profile in profiles] == [64, 8192]
-    assert limits(profiles) == Shape(256, 512, 8192)
+    assert limits(profiles) == Shape(256, 320, 8192)
 
 
 def test_short_rows_make_a_narrow_profile_with_more_of_them_beside_the_whole_one():
@@ -59,7 +59,7 @@ def test_short_rows_make_a_narrow_profile_with_more_of_them_beside_the_whole_one
     assert whole == WHOLE
     assert narrow.seq_len == 96 and narrow.opt.seq_len == 70 and narrow.min.seq_len == 50
     assert narrow.batch_size == 224 == narrow.opt.batch_size
-    assert narrow.opt.step_tokens == min(512, -(-224 * 70 // 30))
+    assert narrow.opt.step_tokens == min(320, -(-224 * 70 // 30))
 
 
 def test_rows_as_long_as_the_model_takes_leave_one_profile_with_its_limits():

@@ -124,7 +124,7 @@ struct Attention {
                                     dim, queries + i * dim / PAIR<T> * PER_LANE<Worked>);
 
         const int page_size = shape.page_size, tile_rows = Tile<Worked>::rows(shape);
-        Keys<Worked> keys{{}, page_size, shape.k_lanes<T>(), shape.v_lanes<T>(), false, {}, 0};
+        Keys<Worked> keys{{}, page_size, shape.k_lanes<T>(), shape.v_lanes<T>(), {}, 0};
         for (int block = blocks.begin; block < blocks.end; ++block) {
             const Span seen = {std::max(block * BLOCK, visible(item.sequence, item.first).begin),
                                std::min((block + 1) * BLOCK, visible(item.sequence, item.last - 1).end)};
@@ -142,9 +142,8 @@ struct Attention {
                                        (page + i - seen.begin / page_size) * shape.head_lanes<T>();
                     else
                         keys.page[i] = page_of(item, page + i);
-                keys.fetch = !WIDENS && total <= tile_rows;
                 keys.ahead_count = 0;
-                if (keys.fetch) {
+                if (!WIDENS && total <= tile_rows) {
                     const bool same = block + 1 < blocks.end;
                     const Unit* after = same ? &unit : next;
                     if (after) {

@@ -134,15 +134,17 @@ struct Keys {  // the pages of a block that a tile can see
     const Lane<T>* page[BLOCK / 16];  // K of each page; V lies v_offset lanes behind
     int page_size;
     int64_t v_offset, v_lanes;
-    bool fetch;  // nobody read this block before: ask for V while K is worked on, and for `ahead` while V is
-    const Lane<T>* ahead[BLOCK / 16];  // K of the block that comes next
+    const Lane<T>* ahead[BLOCK / 16];  // those of the block that comes next, if nobody read it before
     int ahead_count;
-};
 
-template <class L>
-INLINE void prefetch(const L* from, int64_t lanes) {
-    for (int64_t i = 0; i < lanes; i += 64 / sizeof(L)) __builtin_prefetch(from + i, 0, 2);
-}
+    // Asks for K or V of the next block, as much of it as is done of this one: from `begin` to `end` of `of` parts.
+    INLINE void fetch(int begin, int end, int of, int64_t offset, int64_t lanes) const {
+        for (int page = ahead_count * begin / of; page < ahead_count * end / of; ++page)
+            for (int64_t i = 0; i < lanes; i += 64 / sizeof(Lane<T>)) __builtin_prefetch(ahead[page] + offset + i, 0, 2);
+    }
+    INLINE void fetch_keys(int begin, int end, int of) const { fetch(begin, end, of, 0, v_offset); }
+    INLINE void fetch_values(int begin, int end, int of) const { fetch(begin, end, of, v_offset, v_lanes); }
+};
 
 struct Span {
     int begin, end;
@@ -208,9 +210,10 @@ INLINE void add_values(const Keys<T>& keys, int count, const Operand<T>* weights
     constexpr int ROW = BLOCK / PAIR<T> * PER_LANE<T>;
     Sum<T> acc[R][N] = {};
     const Operand<T>* w = weights;
-    for (int page = 0; page * keys.page_size < count; ++page) {
+    const int pages = (count + keys.page_size - 1) / keys.page_size;
+    for (int page = 0; page < pages; ++page) {
         const Lane<T>* v = keys.page[page] + keys.v_offset + column;
-        if (column == 0 && page < keys.ahead_count) prefetch(keys.ahead[page], keys.v_offset);
+        if (column == 0) keys.fetch_values(page, page + 1, pages);
         const int here = std::min(keys.page_size, count - page * keys.page_size);
         for (int i = 0; i < here / PAIR<T>; ++i, v += dim_pad, w += PER_LANE<T>) {
 #pragma GCC unroll 8
@@ -292,11 +295,10 @@ struct Tile {  // scratch of one tile of rows
         const int strips = (count + VL - 1) / VL;
         int strip = 0;
         for (; strip + WIDE <= strips; strip += WIDE) {
-            if (keys.fetch)
-                for (int page = strip * VL / keys.page_size; page * keys.page_size < (strip + WIDE) * VL; ++page)
-                    if (strip * VL <= page * keys.page_size) prefetch(keys.page[page] + keys.v_offset, keys.v_lanes);
+            keys.fetch_keys(strip, strip + WIDE, strips);
             score_strips<T, R, WIDE>(keys, strip, q, shape.dim, scores);
         }
+        keys.fetch_keys(strip, strips, strips);
         if constexpr (WIDE == 4)
             if (strip + 2 <= strips) score_strips<T, R, 2>(keys, strip, q, shape.dim, scores), strip += 2;
         if (strip < strips) score_strips<T, R, 1>(keys, strip, q, shape.dim, scores);
@@ -322,7 +324,7 @@ struct Tile {  // scratch of one tile of rows
         amx::configure(rows);
         for (int step = 0; step < steps; ++step) {
             const uint32_t* page = keys.page[step / per_page];
-            if (keys.fetch && step % per_page == 0) prefetch(page + keys.v_offset, keys.v_lanes);
+            keys.fetch_keys(step, step + 1, steps);
             const uint32_t* k = page + step % per_page * amx::KEYS;
             amx::score(q, k, shape.dim, keys.page_size, scores + step * amx::KEYS, BLOCK);
         }
@@ -342,8 +344,7 @@ struct Tile {  // scratch of one tile of rows
         }
         for (int column = 0; column < dim_pad; column += 64) {
             auto v = [&](int step) {
-                if (column == 0 && step % per_page == 0 && step / per_page < keys.ahead_count)
-                    prefetch(keys.ahead[step / per_page], keys.v_offset);
+                if (column == 0) keys.fetch_values(step, step + 1, steps);
                 return (step < whole ? v_of(step) : tail) + column;
             };
             const int vectors = std::min(4, (dim_pad - column) / VL);
