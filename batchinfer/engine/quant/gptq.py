@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.quant.int4 import MOST, Grid
+from batchinfer.errors import ModelError
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 BLOCK = 128  # columns whose errors are gathered before the rest hears of them
@@ -46,12 +47,15 @@ def compensated(
 
     Args:
         nearest: a column ``[N]`` and its place → the closest numbers that it can be.
+
+    Raises:
+        ModelError: calibration gave activations that are not finite.
     """
+    if not hessian.isfinite().all():
+        raise ModelError("activations of the calibration prompts are not finite: try dtype float32, or other prompts")
     weight, hessian = weight.clone(), hessian.clone()
     diagonal = hessian.diagonal()
-    dead = diagonal == 0  # inputs that calibration never saw
-    diagonal[dead] = 1
-    weight[:, dead] = 0
+    diagonal[diagonal == 0] = 1  # inputs that calibration never saw: their columns are rounded by themselves
     inputs = weight.shape[1]
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(inputs, device=weight.device)
     places = order.tolist()
