@@ -65,6 +65,9 @@ def test_gptq_does_without_what_calibration_never_saw(weight_and_inputs):
     x[:, 5] = 0
     x[:, 6] = x[:, 7]  # and a Hessian that no Cholesky takes as it is
     assert weight_of(gptq.quantize(weight, Inputs([x]).hessian, 32)).isfinite().all()
+    x[0, 0] = float("inf")
+    with pytest.raises(ModelError, match="not finite"):
+        gptq.quantize(weight, Inputs([x]).hessian, 32)
 
 
 def test_awq_loses_less_than_rounding(weight_and_inputs):
