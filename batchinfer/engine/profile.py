@@ -13,7 +13,7 @@ from batchinfer.engine.model.source import DEFAULT_SEQ_LEN
 from batchinfer.errors import ModelError
 
 # What an engine is built for when nobody says: (sequences, tokens a step). A CPU's caches hold the activations of a few
-# hundred rows, and 320 were faster than 256 and 512; a GPU needs thousands of tokens a step to be busy.
+# hundred rows, and 320 were no slower than 192, 256 and 512; a GPU needs thousands of tokens a step to be busy.
 _DEFAULTS = {"cpu": (128, 320), "cuda": (1024, 8192)}
 _USUAL_SEQ_LEN = {"cpu": 128, "cuda": 1 << 30}  # a host's memory is others' too
 
