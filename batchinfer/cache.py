@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from batchinfer.errors import OutputError
 from batchinfer.flock import held_by_another, was_left
 
-_FRESH = 60  # seconds in which a scratch folder is its maker's, locked or not yet
+_FRESH = 600  # seconds since the last change, in which a scratch folder is its maker's, whatever a lock says
 
 
 def cache_root() -> Path:
@@ -31,15 +32,16 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     """Make ``target`` all at once: ``fill`` writes a scratch folder beside it, which is then renamed into place.
 
     An interrupted ``fill`` leaves no ``target``; of two processes that race, the first wins and the other's work is
-    thrown away. What a process that was killed left of its scratch folder goes when the same target is made again.
+    thrown away. What a process that was killed left of its scratch folder goes when the same target is made again on
+    the same machine, ten minutes later or more.
 
     Raises: OutputError if nothing can be written there.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        lock = os.open(scratch, os.O_RDONLY)
+        scratch = Path(tempfile.mkdtemp(prefix=_scratch_prefix(target), dir=target.parent))
+        lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         hint = "; BATCHINFER_CACHE names another folder" if cache_root() in target.parents else ""
         raise OutputError(f"cannot write {target.parent}: {error.strerror}{hint}") from None
@@ -58,13 +60,19 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
+def _scratch_prefix(target: Path) -> str:
+    """With the machine's name: a folder's lock is known to its machine alone, where machines share the file system."""
+    return f".{target.name}.making-{platform.node()}-"
+
+
 def _sweep(target: Path) -> None:
-    """Remove scratch folders of ``target`` whose makers were killed."""
-    for scratch in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}"):
+    """Remove scratch folders of ``target`` whose makers, on this machine, were killed."""
+    for scratch in target.parent.glob(f"{glob.escape(_scratch_prefix(target))}*"):
         with contextlib.suppress(OSError):
-            lock = os.open(scratch, os.O_RDONLY)
+            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                if time.time() - scratch.stat().st_mtime > _FRESH and was_left(lock):
+                changed = max(path.stat().st_mtime for path in (scratch, *scratch.rglob("*")))
+                if time.time() - changed > _FRESH and was_left(lock):
                     shutil.rmtree(scratch, ignore_errors=True)
             finally:
                 os.close(lock)

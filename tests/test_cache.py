@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 
@@ -22,19 +23,27 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_maker_left_goes_when_the_same_is_made_again_and_what_others_are_making_stays(tmp_path):
-    left, under_way, of_another, fresh = (
-        tmp_path / name for name in (".made.abcdefgh", ".made.ijklmnop", ".made-2.abcdefgh", ".made.qrstuvwx")
-    )
-    for folder in (left, under_way, of_another, fresh):
+    here = f"making-{platform.node()}"
+    names = (f".made.{here}-a", f".made.{here}-b", f".made-2.{here}-a", ".made.making-elsewhere-a", f".made.{here}-c")
+    left, under_way, of_another, elsewhere, fresh = (tmp_path / name for name in names)
+    for folder in (left, under_way, of_another, elsewhere, fresh):
         folder.mkdir()
         (folder / "half").touch()
         if folder != fresh:
-            os.utime(folder, (0, 0))
+            os.utime(folder / "half", (0, 0))
+        os.utime(folder, (0, 0))
     lock = os.open(under_way, os.O_RDONLY)
     assert not held_by_another(lock)
-    make_folder(tmp_path / "made", lambda folder: (folder / "file").touch())
+
+    def fill(folder):
+        mine = os.open(folder, os.O_RDONLY)
+        assert held_by_another(mine), "nobody sweeps what is being made"
+        os.close(mine)
+
+    make_folder(tmp_path / "made", fill)
     os.close(lock)
-    assert {path.name for path in tmp_path.iterdir()} == {"made", under_way.name, of_another.name, fresh.name}
+    stay = {under_way, of_another, elsewhere, fresh}
+    assert {path.name for path in tmp_path.iterdir()} == {"made", *(folder.name for folder in stay)}
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):

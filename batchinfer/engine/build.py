@@ -217,7 +217,8 @@ def _alone_with(folder: Path) -> Iterator[None]:
 def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:
     """Evenly spread ones of ``calibration``, about _CALIBRATION_TOKENS together."""
     rows = [row[:longest] for row in calibration]
-    return rows[:: -(-sum(map(len, rows)) // _CALIBRATION_TOKENS) or 1]
+    stride = -(-sum(map(len, rows)) // _CALIBRATION_TOKENS)
+    return rows[:: max(1, min(stride, len(rows) // 2))]  # two at least: one is to be held out
 
 
 def _judge(quality: Quality, scheme: Scheme | None, max_quality_loss: float, progress: bool) -> None:

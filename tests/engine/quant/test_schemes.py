@@ -64,7 +64,9 @@ def test_gptq_does_without_what_calibration_never_saw(weight_and_inputs):
     x = inputs.chunks[0].clone()
     x[:, 5] = 0
     x[:, 6] = x[:, 7]  # and a Hessian that no Cholesky takes as it is
-    assert weight_of(gptq.quantize(weight, Inputs([x]).hessian, 32)).isfinite().all()
+    made = weight_of(gptq.quantize(weight, Inputs([x]).hessian, 32))
+    assert made.isfinite().all()
+    assert torch.equal(made[:, 5], weight_of(int4.quantize(weight, 32))[:, 5]), "that column is rounded by itself"
     x[0, 0] = float("inf")
     with pytest.raises(ModelError, match="not finite"):
         gptq.quantize(weight, Inputs([x]).hessian, 32)
