@@ -118,7 +118,7 @@ def demo_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [dict(pp=3), dict(pp=4), dict(tp=2, pp=2), dict(pp=2, prefill=(2, 1))], ids=str)
+@pytest.mark.parametrize("layout", [dict(pp=4), dict(tp=2, pp=2), dict(pp=2, prefill=(2, 1))], ids=str)
 def test_any_layout_of_the_demo_model_says_what_one_rank_says(layout, demo_alone, ranks_are_threads):
     with contextlib.closing(Engine(DEMO_MODEL, **layout, **DEMO_OPTIONS)) as engine:
         assert said(engine, SamplingParams(max_tokens=8), 10) == demo_alone
