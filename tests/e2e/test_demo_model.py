@@ -35,14 +35,14 @@ def engine():
 
 @pytest.fixture(scope="module")
 def prompts(engine) -> list[list[int]]:
-    """Sample prompts through the chat template: the shortest, and a few of the longest."""
+    """Sample prompts through the chat template: the shortest, and a few of some 250 tokens."""
     rows = pq.read_table("sample_data/prompts.parquet", columns=["prompt"])
     renderer = PromptRenderer(
         PromptSection(template="{{ prompt }}", chat="on"), SamplingSection(), engine.plan.tokenizer_dir, 8192
     )
     requests = renderer.render(rows, range(len(rows)), range(len(rows)))
     by_length = sorted((list(request.prompt_token_ids) for request in requests), key=len)
-    return by_length[: PROMPTS - LONG] + by_length[-LONG:]
+    return by_length[: PROMPTS - LONG] + by_length[len(by_length) * 2 // 3 :][:LONG]
 
 
 def choices(model, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
