@@ -15,8 +15,9 @@ from batchinfer.bench import workload
 from batchinfer.engine.balance import SAMPLED, Costs, FloatingHead, deal
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import AHEAD, StepBatch
+from batchinfer.engine.scheduler import AHEAD
 from batchinfer.engine.simulate import Simulated, Stages, simulate
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.trace import Span
 from batchinfer.request import Request
 

@@ -16,8 +16,8 @@ from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
+from batchinfer.engine.step import StepBatch
 from batchinfer.errors import ModelError
 
 SAMPLED = 0.4  # of a step's tokens, with prompts somewhat longer than completions: the head runs on these alone

@@ -18,8 +18,10 @@ from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.pipeline import Pipeline
 from batchinfer.engine.plan import EnginePlan, versions
 from batchinfer.engine.profile import Profile, Shape, in_order
-from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
+from batchinfer.engine.rows import Sequence
+from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stage import Stage, Tokens
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.text import Text
 from batchinfer.engine.trace import ENGINE, Trace
 from batchinfer.errors import EngineError, ModelError, StalePlanError

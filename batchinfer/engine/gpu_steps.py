@@ -21,7 +21,8 @@ from batchinfer.engine.kernels.attention import SHARERS, shared_pages
 from batchinfer.engine.kernels.gpu.sampling import argmax
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.profile import Shape
-from batchinfer.engine.scheduler import AHEAD, StepBatch
+from batchinfer.engine.scheduler import AHEAD
+from batchinfer.engine.step import StepBatch
 
 PREFILLS = 128  # most sequences of a recorded step that have more than a token to compute
 LARGEST = 4096  # tokens of a recorded step

@@ -30,8 +30,9 @@ from batchinfer.engine.layout import Layout, World
 from batchinfer.engine.link import DEADLINE, Link, Message, encode
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.engine.scheduler import AHEAD, StepBatch
+from batchinfer.engine.scheduler import AHEAD
 from batchinfer.engine.stage import Tokens
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.trace import Trace
 from batchinfer.engine.transfer import PIECE_BYTES, pages_of
 from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of

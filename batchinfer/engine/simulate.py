@@ -11,7 +11,9 @@ import numpy as np
 from batchinfer.engine.balance import FloatingHead
 from batchinfer.engine.kv_cache import PagePool
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import Scheduler, Sequence, StepBatch
+from batchinfer.engine.rows import Sequence
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.engine.step import StepBatch
 from batchinfer.request import Request
 
 

@@ -15,7 +15,8 @@ from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Shape
-from batchinfer.engine.scheduler import AHEAD, StepBatch
+from batchinfer.engine.scheduler import AHEAD
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.tactics import winners
 from batchinfer.errors import ModelError
 from batchinfer.host import available_memory

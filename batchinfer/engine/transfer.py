@@ -16,8 +16,8 @@ from torch import Tensor
 
 from batchinfer.engine.comm import Peers
 from batchinfer.engine.layout import Piece
-from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage
+from batchinfer.engine.step import StepBatch
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
 GPU_PIECE_BYTES = 256 << 20  # what a link carries while a few kernels are launched

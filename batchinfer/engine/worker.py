@@ -30,8 +30,8 @@ from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Layout, Piece, World
 from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
-from batchinfer.engine.scheduler import StepBatch
 from batchinfer.engine.stage import Stage, Tokens, to_host
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.transfer import expect_pages, pages_of, send_pages, take_pages
 from batchinfer.errors import BatchInferError
 

@@ -28,8 +28,9 @@ import torch
 from batchinfer import Engine, Request, SamplingParams
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import AHEAD, StepBatch
+from batchinfer.engine.scheduler import AHEAD
 from batchinfer.engine.simulate import Stages, simulate
+from batchinfer.engine.step import StepBatch
 from batchinfer.engine.trace import Span
 from tests.bench import links
 from tests.bench.gpu import vllm

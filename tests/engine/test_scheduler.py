@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from batchinfer.engine.kv_cache import PagePool, page_hashes
 from batchinfer.engine.profile import Profile
-from batchinfer.engine.scheduler import _PREFILL_STEPS, Scheduler, Sequence
+from batchinfer.engine.rows import Sequence
+from batchinfer.engine.scheduler import _PREFILL_STEPS, Scheduler
 from batchinfer.request import SamplingParams
 
 EOS = 1
@@ -105,7 +106,7 @@ def test_every_sequence_is_served_and_every_page_returned(
                 model.slots[page * PAGE : (page + 1) * PAGE] = content
             finished += scheduler.complete(step, tokens)
             continue
-        profile, limits = scheduler.profile, scheduler._limit[scheduler._running]
+        profile, limits = scheduler.profile, scheduler.rows.limit[scheduler.rows.running]
         assert 0 < step.num_tokens <= profile.step_tokens
         assert scheduler.num_running <= profile.batch_size and limits.max(initial=0) <= profile.seq_len
         of_prompts, written = bool(apart and not step.extends.all()), {}
@@ -117,9 +118,9 @@ def test_every_sequence_is_served_and_every_page_returned(
             written = {page: where.slots[page * PAGE : (page + 1) * PAGE].copy() for page in pages_written}
         check_pages(scheduler, pool)
         for row, seen in where.seen.items():
-            known = min(len(seen), scheduler._length[row])
-            assert seen[:known].tolist() == scheduler._tokens[row, :known].tolist()
-        owners = [scheduler._sequences[row].owner for row in step.rows]
+            known = min(len(seen), scheduler.rows.length[row])
+            assert seen[:known].tolist() == scheduler.rows.tokens[row, :known].tolist()
+        owners = [scheduler.rows.sequences[row].owner for row in step.rows]
         admitted += [owner for owner in owners if owner not in admitted]
         under_way.append((step, tokens, of_prompts, written))
     assert sorted(s.owner for s in finished) == list(range(len(job)))
@@ -135,8 +136,8 @@ def test_every_sequence_is_served_and_every_page_returned(
 def check_pages(scheduler: Scheduler, pool: PagePool) -> None:
     """Each page is free, idle or held, and held exactly as often as the tables of running rows name it."""
     named: Counter = Counter()
-    for row in scheduler._running.tolist():
-        pages = scheduler._page_table[row, : scheduler._held[row]].tolist()
+    for row in scheduler.rows.running.tolist():
+        pages = scheduler.rows.page_table[row, : scheduler.rows.held[row]].tolist()
         assert len(set(pages)) == len(pages)
         named.update(pages)
     assert {page: int(n) for page, n in enumerate(pool.references) if n} == dict(named)
