@@ -30,6 +30,10 @@ class HostClock:
         """What is begun within runs beside all that was begun after ``moment``; what is begun later waits for it."""
         return contextlib.nullcontext()
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """What is begun within runs after all that was begun before, beside all that is begun later."""
+        return contextlib.nullcontext()
+
 
 class CudaClock(HostClock):
     """A GPU's work is done when it gets to it: moments are events in the current stream."""
@@ -59,6 +63,12 @@ class CudaClock(HostClock):
         with torch.cuda.stream(self._side):
             yield
         torch.cuda.current_stream().wait_stream(self._side)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, budget: float, least: int = 1) -> float:

@@ -126,6 +126,7 @@ class Pipeline:
             kv_cache_gib=kv_cache_gib,
             deadline=DEADLINE,
             depth=self.depth,
+            together=not elsewhere(),
         )
         if elsewhere():
             store = self._store = connect_store()

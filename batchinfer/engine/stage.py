@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.comm import ALONE, Peers
-from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, select
+from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, PagedAttention, select
 from batchinfer.engine.model.decoder import Decoder
 from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
@@ -60,16 +60,8 @@ class Stage:
         fastest = winners(plan.tactics)
         self.kernels = select(self.device, dtype, fastest)
         self.kernels_name = self.kernels.name
-        attention = self.kernels.attention(
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            self.kernels.attention.page_size,
-            spec.window,
-            dtype,
-            self.device,
-            KV_DTYPES[plan.kv_dtype],
-        )
+        self._how_kept = dtype, KV_DTYPES[plan.kv_dtype]
+        attention = self._attention(spec, self.device)
         self.decoder = Decoder(
             self.shard,
             plan.weights,
@@ -94,6 +86,11 @@ class Stage:
             if peers is ALONE:
                 self.depth, self.ahead = AHEAD + 1, AHEAD
             self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, limits, self.page_size, peers)
+
+    def _attention(self, spec: DecoderSpec, device: torch.device) -> PagedAttention:
+        heads, page_size = (spec.num_heads, spec.num_kv_heads, spec.head_dim), self.kernels.attention.page_size
+        dtype, kv_dtype = self._how_kept
+        return self.kernels.attention(*heads, page_size, spec.window, dtype, device, kv_dtype)
 
     def _count_pages(self, plan: EnginePlan, page_bytes: int, kv_cache_gib: float) -> int:
         limits = plan.limits
@@ -181,10 +178,17 @@ class Stage:
             logits = self.peers.gather(logits, self.shard.vocabulary_shares)
         return None if logits is None else self.kernels.sample(logits, step.sampling)
 
-    def kv_views(self, layers: range, kv_heads: range) -> list[torch.Tensor]:
-        """The pages of the model's ``kv_heads``, of all its ``layers``: views ``[pages, kv_heads, …]``."""
-        heads = slice(kv_heads.start - self.shard.kv_heads.start, kv_heads.stop - self.shard.kv_heads.start)
-        caches = self.caches[layers.start - self.shard.layers.start : layers.stop - self.shard.layers.start]
+    def kv_views(self, layers: range, kv_heads: range, other: Shard | None = None) -> list[torch.Tensor]:
+        """The pages of the model's ``kv_heads``, of all its ``layers``: views ``[pages, kv_heads, …]``.
+
+        Args:
+            other: another rank's shard: views of how they lie there, without memory.
+        """
+        shard, caches = other or self.shard, self.caches
+        if other is not None:
+            caches = self._attention(shard.spec, torch.device("meta")).allocate(shard.spec.num_layers, self.num_pages)
+        heads = slice(kv_heads.start - shard.kv_heads.start, kv_heads.stop - shard.kv_heads.start)
+        caches = caches[layers.start - shard.layers.start : layers.stop - shard.layers.start]
         return [view[:, heads] for view in self.decoder.attention.by_head(caches)]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -200,6 +204,7 @@ def to_host(tokens: torch.Tensor) -> Tokens:
 def _free_memory(device: torch.device, spec: DecoderSpec, limits: Shape) -> float:
     """Bytes that KV pages may take: a GPU's but for what steps need, a quarter of a host's that others live on."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what weights were cut from
         a_token = 8 * spec.hidden_size + 4 * spec.qkv_size + 6 * spec.intermediate_size
         steps = 2 * a_token * limits.step_tokens + 6 * spec.vocab_size * limits.batch_size
         return 0.97 * torch.cuda.mem_get_info()[0] - steps - 2**30

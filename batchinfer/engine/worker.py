@@ -32,7 +32,7 @@ from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.stage import Stage, Tokens, to_host
 from batchinfer.engine.step import StepBatch
-from batchinfer.engine.transfer import expect_pages, pages_of, send_pages, take_pages
+from batchinfer.engine.transfer import Direct, Parcels, Transfer, pages_of
 from batchinfer.errors import BatchInferError
 
 Inbox = queue.SimpleQueue  # of messages
@@ -97,14 +97,14 @@ class Worker:
         if plan.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
         pieces = self.world.pieces(plan.spec)
-        self.outgoing = [piece for piece in pieces if piece.source == self.rank]
-        self.incoming = [piece for piece in pieces if piece.target == self.rank]
         self.peers = self._join(told, plan, pieces, arena)
         if not all(self.layout.partition):
             self.layout = replace(self.layout, partition=self._measure(plan))
         self.stage = Stage(plan, told["kv_cache_gib"], self.layout.shard(plan.spec, self.rank), self.peers, self._agree)
         self.hidden_size = plan.spec.hidden_size
         self.clock = CudaClock() if plan.device == "cuda" else HostClock()
+        self.transfer = self._transfer(told, plan, pieces)
+        self.sends_pages = any(piece.source == self.rank for piece in pieces)
         self.done: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # and not told yet
         if not self.clock.prompt:
             threading.Thread(target=self._tell_all, daemon=True).start()
@@ -114,8 +114,7 @@ class Worker:
         self.listens = any(to == self.rank for _, to in feedback)
         self.depth = told["depth"]
         self.owed: deque[Launch] = deque()  # steps whose tokens are not taken in yet
-        # Steps whose pages are not taken in yet; which pages, and from when on nobody here uses them any more.
-        self.due: deque[tuple[int, np.ndarray, Any]] = deque()
+        self.due: deque[tuple[int, np.ndarray]] = deque()  # steps whose pages are not taken in yet, and which pages
         link.send("ready", page_size=self.stage.page_size, kernels=self.stage.kernels.name)
 
     def _join(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece], arena: int | None) -> Peers:
@@ -128,8 +127,14 @@ class Worker:
 
         host, port, prefix = told["store"]
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline))
-        device = torch.device(plan.device)
-        return DistributedPeers(self.world, self.rank, deadline, dist.PrefixStore(prefix, store), device)
+        self.store, device = dist.PrefixStore(prefix, store), torch.device(plan.device)
+        return DistributedPeers(self.world, self.rank, deadline, self.store, device)
+
+    def _transfer(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece]) -> Transfer:
+        reach = torch.cuda.can_device_access_peer
+        if plan.device == "cuda" and told["together"] and all(reach(a, b) for a, b, *_ in pieces):
+            return Direct(self.stage, self.peers, self.world, plan.spec, self.rank, self.clock, self.store)
+        return Parcels(self.stage, self.peers, pieces, self.rank, self.clock)
 
     def _measure(self, plan: EnginePlan) -> tuple[int, ...]:
         """Tell what layers, embedding and head cost here; learn who gets which."""
@@ -148,7 +153,8 @@ class Worker:
         for message in self._messages():
             told = message.fields
             if message.kind == "pages":
-                self.due.append((told["number"], told["pages"], self.clock.now()))
+                self.due.append((told["number"], told["pages"]))
+                self.transfer.allow()
             elif message.kind == "take":
                 self._take_pages(told["number"])
             elif message.kind == "head":
@@ -159,11 +165,13 @@ class Worker:
     def _take_pages(self, number: int) -> None:
         """What the steps up to this one have written; some may be of a run that was left in the middle."""
         while self.due and self.due[0][0] <= number:
-            _, pages, free = self.due.popleft()
-            with self.clock.beside(free):
-                begun = self.clock.now()
-                take_pages(self.stage, self.peers, self.incoming, pages)
-                self._tell("moved", begun, pages=len(pages))
+            _, pages = self.due.popleft()
+            self._tell_moved(self.transfer.take(pages), pages)
+
+    def _tell_moved(self, taken: tuple[Any, Any] | None, pages: np.ndarray) -> None:
+        if taken is not None:
+            begun, ended = taken
+            self._tell("moved", begun, ended=ended, pages=len(pages))
 
     def _compute(self, launch: Launch) -> None:
         step, shard = launch.step, self.stage.shard
@@ -179,10 +187,9 @@ class Worker:
         self._tell("done", begun, step=launch.number, sent=self.peers.sent, count=step.num_tokens)
         if shard.last and not launch.head_on_first:
             self._head(launch, out)
-        if self.outgoing:
-            begun, pages = self.clock.now(), pages_of(step, self.stage.page_size)
-            send_pages(self.stage, self.peers, self.outgoing, pages)
-            self._tell("moved", begun, pages=len(pages))
+        if self.sends_pages:
+            pages = pages_of(step, self.stage.page_size)
+            self._tell_moved(self.transfer.send(pages), pages)
 
     def _head(self, launch: Launch, residual: torch.Tensor) -> None:
         """Choose tokens; whoever begins the next step with them has them at once, before the engine has."""
@@ -216,9 +223,9 @@ class Worker:
             else:
                 self.stage.learn(launch.step.sampled_rows, told)
 
-    def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, **about: Any) -> None:
-        """Tell what was done since ``begun``, as soon as the device has done it."""
-        done = kind, begun, self.clock.now(), tokens, about
+    def _tell(self, kind: str, begun: Any, tokens: Tokens | None = None, ended: Any = None, **about: Any) -> None:
+        """Tell what was done since ``begun``, until now unless told otherwise, as soon as the device has done it."""
+        done = kind, begun, ended or self.clock.now(), tokens, about
         self._tell_now(*done) if self.clock.prompt else self.done.put(done)
 
     def _tell_now(self, kind: str, begun: Any, ended: Any, tokens: Tokens | None, about: dict[str, Any]) -> None:
@@ -243,7 +250,7 @@ class Worker:
                 if (message := self.inbox.get()) is None:
                     return
                 if message.kind == "pages":
-                    expect_pages(self.stage, self.peers, self.incoming, message.fields["pages"])
+                    self.transfer.expect(message.fields["pages"])
                 elif message.kind == "step":
                     self._expect(message.fields)
                 known.append(message)

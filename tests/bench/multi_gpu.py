@@ -196,17 +196,21 @@ def _run(engine: Engine, job: Workload) -> dict[str, Any]:
 
 
 def _moved(engine: Engine, spans: list[Span]) -> dict[str, float]:
-    """How fast keys and values came to the ranks that decode, while they came, and how much of that beside a step."""
-    spec, ranks = engine.plan.spec, engine.stage.layout.ranks
+    """How fast keys and values went to the ranks that decode, while they went, and how much of that beside steps there.
+
+    That is, from a GPU whose work is done and whose target's pages are free, until all is there.
+    """
+    spec, (before, decoding) = engine.plan.spec, engine.stage.world.layouts
     width = 1 if engine.plan.kv_dtype == "fp8" else 2
-    page = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width * engine.stage.page_size // len(ranks)
-    size = seconds = beside = 0.0
-    for rank in ranks:
-        came = [span for span in spans if span.rank == rank and span.name == "keys and values"]
-        steps = [span for span in spans if span.rank == rank and span.name != "keys and values"]
-        size += sum(span.about["pages"] * page for span in came)
-        seconds += sum(span.ended - span.begun for span in came)
-        beside += sum(max(0.0, min(a.ended, b.ended) - max(a.begun, b.begun)) for a in came for b in steps)
+    page = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width * engine.stage.page_size
+    went = [span for span in spans if span.name == "keys and values" and span.rank in before.ranks]
+    size = sum(span.about["pages"] * page / len(before.ranks) for span in went)
+    seconds = sum(span.ended - span.begun for span in went)
+    beside = 0.0
+    for rank in decoding.ranks:
+        steps = [span for span in spans if span.rank == rank]
+        beside += sum(max(0.0, min(a.ended, b.ended) - max(a.begun, b.begun)) for a in went for b in steps)
+    beside /= len(decoding.ranks)
     return {"moved_bytes_s": round(size / seconds), "moved_beside_steps": round(beside / seconds, 4)} if seconds else {}
 
 

@@ -79,8 +79,9 @@ class Decoder:
 
         def load(name: str) -> Group:
             # Matrices are mostly repacked. What is small is copied, or it would keep the whole file in memory.
-            group = shard.cut(name, weights(name))
-            return {key: value.to(device, copy=value.ndim == 1) for key, value in group.items()}
+            # Cut where they are to be: a GPU does in passing what takes a host longer than to read them.
+            group = {key: value.to(device, copy=value.ndim == 1) for key, value in weights(name).items()}
+            return shard.cut(name, group)
 
         spec = shard.spec
         self.shard = shard
