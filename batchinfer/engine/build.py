@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -27,8 +28,8 @@ from batchinfer.engine.model.weights import convert, quantization_of
 from batchinfer.engine.plan import FORMAT, EnginePlan, device_name, versions
 from batchinfer.engine.profile import Asked, Profile, Sample, as_asked, asks_nothing, fit, in_order, limits
 from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
+from batchinfer.engine.quant.budget import within
 from batchinfer.engine.quant.default import default_rows
-from batchinfer.engine.quant.quality import Quality
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError, StalePlanError
 from batchinfer.flock import held_by_another
@@ -69,7 +70,8 @@ def build(
         quantization: a scheme of ``quant.SCHEMES``, or "auto" or "none" to leave the weights as they come.
         kv_dtype: of keys and values in their pages, "int8" (on CPUs), "fp8" (on GPUs) or "auto", which is ``dtype``.
         group_size: weights that share a scale where the scheme has groups, -1 for one scale a row, 0 for a default.
-        max_quality_loss: of perplexity, as a fraction, that quantising may cost; below 0 the scheme's own limit.
+        max_quality_loss: of perplexity, as a fraction, that quantising may cost; below 0 the scheme's own limit. Where
+            it costs more, the matrices that cost most stay as they are, up to half of the weights.
         calibration: rows of token ids that quantising is calibrated and measured with, read if they are needed;
             a text that comes along where there are none.
         calibration_key: names those rows for the cache.
@@ -125,19 +127,33 @@ def build(
         write_tokenizer(source, folder / "tokenizer")
         (folder / "weights").mkdir()
         held = getattr(torch, dtype)
-        groups, quantizer = convert(source, spec, held, torch.float32 if quantises else None), None
+
+        def write(groups: Iterable[tuple[str, dict[str, torch.Tensor]]], doing: str = "building") -> None:
+            shown = progress and sys.stderr.isatty()
+            bar = tqdm(groups, f"{doing} {source.name}", spec.num_layers + 2, disable=not shown, leave=False)
+            for name, group in bar:
+                save_file(group, folder / "weights" / f"{name}.safetensors")
+                pulse.beat()
+
+        def quantised(kept: Sequence[str] = (), trying: bool = False) -> Quantizer:
+            on = torch.device(device)
+            quantizer = Quantizer(scheme, group_size, spec, held, on, rows, kv_dtype, kept, trying)
+            groups = quantizer(convert(source, spec, held, torch.float32))
+            write(groups, "trying each matrix of" if trying else "quantising")
+            if progress and not trying:
+                print(f"batchinfer: {quantizer}: {quantizer.quality}", file=sys.stderr, flush=True)
+            return quantizer
+
+        quantizer = None
         if quantises:
             rows = _calibration_rows(calibration, limits(made).seq_len)
             rows = rows or default_rows(Text(folder / "tokenizer"), _CALIBRATION_TOKENS)
-            quantizer = Quantizer(scheme, group_size, spec, held, torch.device(device), rows, kv_dtype)
-            groups = quantizer(groups)
-        shown = progress and sys.stderr.isatty()
-        for name, group in tqdm(groups, f"building {source.name}", spec.num_layers + 2, disable=not shown, leave=False):
-            save_file(group, folder / "weights" / f"{name}.safetensors")
-            pulse.beat()
+            most = _most_loss(scheme, max_quality_loss)
+            quantizer = within(most, quantised)
+            _judge(quantizer, most)
+        else:
+            write(convert(source, spec, held))
         quality = quantizer and quantizer.quality
-        if quality is not None:
-            _judge(quality, scheme, max_quality_loss, progress)
         plan = EnginePlan(
             path=folder,
             model=source.name,
@@ -157,6 +173,7 @@ def build(
                 **versions(),
             },
             kv_dtype=kv_dtype,
+            kept=quantizer.kept if quantizer else (),
         )
         replace(plan, tactics=tactics.choose(plan)).save()
 
@@ -194,7 +211,9 @@ def _build_anew(model: str, folder: Path, options: dict[str, Any]) -> None:
     asked = {name: value for name, value in options.items() if name not in kept or value not in ("auto", 0)}
     if all(map(asks_nothing, asked.get("profiles", ()))):
         asked.pop("profiles", None)
-    fresh, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("fresh", "old"))
+    fresh, old = (folder.with_name(f".{folder.name}.{what}-{platform.node()}") for what in ("fresh", "old"))
+    for left in (fresh, old):  # by one on this machine that was killed: here is nobody else
+        shutil.rmtree(left, ignore_errors=True)
     build(model, fresh, **kept | asked)
     folder.rename(old)
     fresh.rename(folder)
@@ -215,22 +234,23 @@ def _alone_with(folder: Path) -> Iterator[None]:
 
 
 def _calibration_rows(calibration: Iterable[Sequence[int]], longest: int) -> list[Sequence[int]]:
-    """Evenly spread ones of ``calibration``, about _CALIBRATION_TOKENS together."""
-    rows = [row[:longest] for row in calibration]
+    """Evenly spread ones of ``calibration``, about _CALIBRATION_TOKENS together; none where one is all there is."""
+    rows = [row[:longest] for row in calibration if len(row) > 1]
     stride = -(-sum(map(len, rows)) // _CALIBRATION_TOKENS)
-    return rows[:: max(1, min(stride, len(rows) // 2))]  # two at least: one is to be held out
+    return rows[:: max(1, min(stride, len(rows) // 2))] if len(rows) > 1 else []  # one is to be held out
 
 
-def _judge(quality: Quality, scheme: Scheme | None, max_quality_loss: float, progress: bool) -> None:
-    most = max_quality_loss
-    if most < 0:
-        most = scheme.max_loss if scheme is not None else KV_MAX_LOSS
-    name = scheme.name if scheme is not None else "keys and values in 8 bits"
-    if progress:
-        print(f"batchinfer: {name}: {quality}", file=sys.stderr, flush=True)
-    if not quality.loss <= most:
+def _most_loss(scheme: Scheme | None, asked: float) -> float:
+    """Of perplexity, that a build accepts."""
+    if asked >= 0:
+        return asked
+    return KV_MAX_LOSS if scheme is None else scheme.max_loss
+
+
+def _judge(quantizer: Quantizer, most: float) -> None:
+    if not quantizer.quality.loss <= most:
         raise ModelError(
-            f"quantising to {name} loses too much: {quality}; build.max_quality_loss is {most:.1%}. "
+            f"quantising to {quantizer} loses too much: {quantizer.quality}; build.max_quality_loss is {most:.1%}. "
             "Raise it, lower build.group_size, calibrate with the job's own rows, or take another scheme"
         )
 

@@ -30,7 +30,7 @@ from batchinfer.engine.tactics import Tactic, table
 from batchinfer.errors import ModelError, StalePlanError
 from batchinfer.host import cpu_flags
 
-FORMAT = 5
+FORMAT = 6
 _CPU_EXTRAS = {"avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm", "sve"}
 
 
@@ -48,6 +48,7 @@ class EnginePlan:
     eos_token_ids: tuple[int, ...]
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
     kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8 | int8
+    kept: tuple[str, ...] = ()  # matrices that quantising left in dtype, each as layer-003.down
     tactics: tuple[Tactic, ...] = ()  # what was timed; for anything else the engine takes what is likely to be fastest
 
     @classmethod
@@ -85,6 +86,7 @@ class EnginePlan:
             eos_token_ids=tuple(value["eos_token_ids"]),
             fingerprint=value["fingerprint"],
             kv_dtype=value["kv_dtype"],
+            kept=tuple(value["kept"]),
             tactics=tuple(map(Tactic.from_dict, value["tactics"])),
         )
         plan._check_device()
@@ -119,9 +121,16 @@ class EnginePlan:
     def explain(self) -> str:
         """What it was built for and with, and which kernels won, for people."""
         about = f"{self.model} in {self.dtype}, quantization {self.quantization}, plan {self.digest[:16]}"
-        lines = [str(self.path), about, *(f"for {profile}" for profile in self.profiles)]
+        lines = [str(self.path), about, *self._told_of_kept(), *(f"for {profile}" for profile in self.profiles)]
         lines += [f"{name}: {value}" for name, value in self.fingerprint.items()]
         return "\n".join([*lines, "", table(self.tactics)])
+
+    def _told_of_kept(self) -> list[str]:
+        layers: dict[str, list[int]] = {}
+        for name in self.kept:
+            layer, _, linear = name.removeprefix("layer-").partition(".")
+            layers.setdefault(linear, []).append(int(layer))
+        return [f"{linear} in {self.dtype} in layers {', '.join(map(str, each))}" for linear, each in layers.items()]
 
     @property
     def digest(self) -> str:

@@ -20,7 +20,7 @@ from batchinfer.cache import digest, keep, kept
 from batchinfer.engine.clock import best_seconds
 from batchinfer.engine.kernels import KV_DTYPES, AttentionBatch, Kernels, SamplingBatch, contenders
 from batchinfer.engine.kernels import __file__ as kernels_home
-from batchinfer.engine.kernels.linear import Linear, linear_contenders
+from batchinfer.engine.kernels.linear import Linear, form_of, linear_contenders
 from batchinfer.engine.kernels.linear.fp8 import multiplies_fp8
 from batchinfer.engine.model.source import file_digest
 from batchinfer.host import available_cores
@@ -71,7 +71,7 @@ def winners(tactics: tuple[Tactic, ...]) -> dict[str, str]:
 
 
 def choose(plan: EnginePlan) -> tuple[Tactic, ...]:
-    """Time every contender with the plan's first layer and head."""
+    """Time every contender with the plan's head, and its linears in the first layers that have them in each form."""
     with torch.inference_mode(), _all_cores():
         return tuple(map(functools.partial(_timed, plan), _operations(plan)))
 
@@ -141,8 +141,12 @@ def _operations(plan: EnginePlan) -> Iterator[_Operation]:
 
         form, makes = linear_contenders(group, name)
         ways = {n: functools.partial(ready, functools.cache(make)) for n, make in makes.items()}
-        told = "fp8, emulated," if form == "fp8" and not multiplies_fp8(group[f"{name}.fp8"]) else form
-        return _Operation(name, f"{told} {len(group[f'{name}.{form}'])}×{width}", tokens, ways)
+        told = "emulated, " if form == "fp8" and not multiplies_fp8(group[f"{name}.fp8"]) else ""
+        return _Operation(f"{name}.{form}", f"{told}{len(group[f'{name}.{form}'])}×{width}", tokens, ways)
+
+    def linears(name: str, width: int) -> Iterator[_Operation]:
+        for group in _forms(plan, name):
+            yield linear(name, {part: tensor.to(device) for part, tensor in group.items()}, width, steps)
 
     def norm(one: Kernels, tokens: int) -> Callable[[], Any]:
         residual, delta = some(tokens, hidden, torch.float32), some(tokens, hidden)
@@ -174,20 +178,28 @@ def _operations(plan: EnginePlan) -> Iterator[_Operation]:
         return call
 
     hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
-    layer = {name: tensor.to(device) for name, tensor in plan.weights("layer-000").items()}
     yield each("add_rms_norm", f"[{hidden}]", steps, norm)
-    yield linear("qkv", layer, hidden, steps)
+    yield from linears("qkv", hidden)
     told = f"{spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}, context {context}"
     told += f", {plan.kv_dtype} keys and values" if kept_as is not None else ""
     yield each("attention", told, decodes, attention)
-    yield linear("o", layer, heads, steps)
-    yield linear("gate_up", layer, hidden, steps)
+    yield from linears("o", heads)
+    yield from linears("gate_up", hidden)
     yield each("silu_mul", f"[{inner}]", steps, activation)
-    yield linear("down", layer, inner, steps)
-    del layer
+    yield from linears("down", inner)
     head = plan.weights("embed" if spec.tied_head else "head")["weight"].to(device)
     yield linear("head", {"head.weight": head}, hidden, decodes)
     yield each("sample", f"[{spec.vocab_size}]", decodes, sampling)
+
+
+def _forms(plan: EnginePlan, linear: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Its tensors, of the first layer that has it in a form, for each form: most plans have but one."""
+    seen = set()
+    for layer in range(plan.spec.num_layers):
+        group = plan.weights(f"layer-{layer:03d}")
+        if (form := form_of(group, linear)) not in seen:
+            seen.add(form)
+            yield {name: tensor for name, tensor in group.items() if name.startswith(f"{linear}.")}
 
 
 @contextmanager

@@ -243,7 +243,9 @@ class BuildSection(Section):
     )
     group_size: int = Field(0, ge=-1, description="4-bit weights that share a scale; -1: all of a row, 0: 128")
     max_quality_loss: float = Field(
-        -1.0, description="perplexity that quantising may cost, 0.01 is 1 %; below 0: 1 % for 8 bits, 3 % for 4"
+        -1.0,
+        description="perplexity that quantising may cost, 0.01 is 1 %; below 0: 1 % for 8 bits, 3 % for 4; where it "
+        "costs more, the matrices that cost most stay as they are, up to half of the weights",
     )
 
 

@@ -1,7 +1,8 @@
 """Which side of an FP8 product loses what: ``python -m tests.bench.fp8_loss [MODEL]``, three minutes of two cores.
 
 Weights and activations are rounded to e4m3 each without the other, weights also as the build rounds them, with a look
-at calibration's activations. All are measured on the same rows, which no calibration saw.
+at calibration's activations; given a plan, all but the matrices that it keeps as they are. All are measured on the same
+rows, which no calibration saw.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from batchinfer.engine.model.source import ModelSource
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert
+from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.quant import HELD_OUT, LINEARS, fp8, kv
 from batchinfer.engine.quant.calibration import Inputs, Walk
 from batchinfer.engine.quant.default import default_rows
@@ -50,9 +52,11 @@ class Variant:
     weights: Weights | None  # in e4m3; None as they are
     activations: bool
     keys_and_values: bool = False
+    kept: tuple[str, ...] = ()  # matrices that stay as they are
     walks: tuple[Walk, ...] = ()  # of the rows that measure, and of those that calibrate
 
-    def advance(self, layer: dict[str, Tensor], spec: DecoderSpec) -> None:
+    def advance(self, name: str, layer: dict[str, Tensor], spec: DecoderSpec) -> None:
+        linears = [linear for linear in LINEARS if f"{name}.{linear}" not in self.kept]
         whole = Layer.from_weights({name: _as_computed(name, tensor) for name, tensor in layer.items()})
         inputs = self.walks[1].note(whole) if len(self.walks) > 1 else {}
         if self.keys_and_values:
@@ -60,12 +64,12 @@ class Variant:
             kv.fold(layer, inputs, spec, kv.TARGETS["fp8"])
         made = {name: _as_computed(name, tensor) for name, tensor in layer.items()}
         if self.weights is not None:
-            for linear in LINEARS:
+            for linear in linears:
                 form = self.weights(layer[f"{linear}.weight"], inputs.get(linear))
                 made[f"{linear}.weight"] = (form["fp8"].float() * form["scale"][:, None]).to(DTYPE)
         rounded = Layer.from_weights(made)
         if self.activations:
-            rounded = replace(rounded, **{linear: Halfway(getattr(rounded, linear)) for linear in LINEARS})
+            rounded = replace(rounded, **{linear: Halfway(getattr(rounded, linear)) for linear in linears})
         for walk in self.walks:
             walk.advance(rounded)
 
@@ -87,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=32768, help="a quarter measures, another calibrates")
+    parser.add_argument("--plan", type=Path, help="an engine that keeps some matrices as they are")
     options = parser.parse_args()
     source, device = ModelSource.resolve(options.model), torch.device(choose_device("auto"))
     spec = DecoderSpec.from_config(source.config())
@@ -102,6 +107,10 @@ def main() -> None:
         Variant("weights to nearest, and activations", _nearest, True),
         Variant("weights calibrated, and activations", _calibrated, True),
     ]
+    if options.plan is not None:
+        kept = EnginePlan.load(options.plan).kept
+        told = f"weights calibrated, and activations, {len(kept)} of {len(LINEARS) * spec.num_layers} matrices kept"
+        variants.append(Variant(told, _calibrated, True, kept=kept))
     groups = convert(source, spec, DTYPE, torch.float32)
     _, embed = next(groups)
     embedding = embed["weight"]
@@ -121,7 +130,7 @@ def main() -> None:
         layer = {part: tensor.to(device) for part, tensor in group.items()}
         reference.advance(Layer.from_weights({part: _as_computed(part, tensor) for part, tensor in layer.items()}))
         for variant in variants:
-            variant.advance(layer, spec)
+            variant.advance(name, layer, spec)
 
 
 if __name__ == "__main__":

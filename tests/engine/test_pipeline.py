@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from batchinfer import Engine, SamplingParams
 from batchinfer.engine import balance, pipeline
@@ -458,10 +459,23 @@ def test_quantised_matrices_are_cut_where_their_numbers_lie(models, scheme, tp):
             assert torch.equal(load_linear(cut, name)(x), wanted)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "awq"])
+@pytest.mark.parametrize("scheme", ["int8", "awq"])
 def test_a_quantised_model_says_the_same_from_shards_in_float32(models, scheme, ranks_are_threads):
     expected = said(Engine(models["llama"], **quantised(scheme)))
     with contextlib.closing(Engine(models["llama"], tp=2, pp=2, **quantised(scheme))) as engine:
+        assert said(engine) == expected
+
+
+def test_a_model_quantised_in_part_says_the_same_from_shards(models, tmp_path, ranks_are_threads):
+    plan = build(str(models["llama"]), tmp_path / "plan", **quantised("int4"))
+    kept, file = (
+        build(str(models["llama"]), **OPTIONS).weights("layer-001"),
+        plan.path / "weights/layer-001.safetensors",
+    )
+    stored = {part: tensor for part, tensor in plan.weights("layer-001").items() if not part.startswith(("o.", "gate"))}
+    save_file(stored | {part: kept[part].clone() for part in ("o.weight", "gate_up.weight")}, file)
+    expected = said(Engine(plan.path))
+    with contextlib.closing(Engine(plan.path, tp=2, pp=2)) as engine:
         assert said(engine) == expected
 
 

@@ -17,7 +17,10 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.tactics import Tactic
 from tests.engine.tiny import make_model
 
-OPERATIONS = ["add_rms_norm", "qkv", "attention", "o", "gate_up", "silu_mul", "down", "head", "sample"]
+OPERATIONS = [
+    *("add_rms_norm", "qkv.weight", "attention", "o.weight", "gate_up.weight", "silu_mul", "down.weight"),
+    *("head.weight", "sample"),
+]
 OPTIONS = dict(device="cpu", dtype="bfloat16", batch_size=16, step_tokens=48, seq_len=64, progress=False)
 own = pytest.mark.skipif(library() is None, reason="without kernels of our own there is nothing to choose")
 

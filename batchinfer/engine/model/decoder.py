@@ -34,17 +34,17 @@ class Layer:
     def from_weights(cls, group: Group, winners: Mapping[str, str] = MappingProxyType({})) -> Layer:
         """
         Args:
-            winners: linear → contender, see ``load_linear``.
+            winners: linear and form → contender, see ``load_linear``.
         """
         return cls(
             attn_norm=group["attn_norm.weight"],
-            qkv=load_linear(group, "qkv", winners.get("qkv")),
+            qkv=load_linear(group, "qkv", winners),
             q_norm=group.get("q_norm.weight"),
             k_norm=group.get("k_norm.weight"),
-            o=load_linear(group, "o", winners.get("o")),
+            o=load_linear(group, "o", winners),
             mlp_norm=group["mlp_norm.weight"],
-            gate_up=load_linear(group, "gate_up", winners.get("gate_up")),
-            down=load_linear(group, "down", winners.get("down")),
+            gate_up=load_linear(group, "gate_up", winners),
+            down=load_linear(group, "down", winners),
         )
 
 
@@ -74,7 +74,7 @@ class Decoder:
             max_tokens: most tokens of a step; buffers are made for them once.
             max_position: positions that RoPE is tabulated for.
             all_reduce: sums a tensor over the ranks that share these layers.
-            winners: linear → contender, those that the build found fastest.
+            winners: linear and form → contender, those that the build found fastest.
         """
 
         def load(name: str) -> Group:
@@ -96,7 +96,7 @@ class Decoder:
             head = load("head")
             self.norm = head["norm.weight"]
             weight = self.embedding if tied else head["weight"]
-            self.head = load_linear({"head.weight": weight}, "head", winners.get("head"))
+            self.head = load_linear({"head.weight": weight}, "head", winners)
         if tied and self.head.rows is not None:
             self._rows_of_embedding = self.head.rows
             self.embedding = self.head.weight  # kept once, None where that is in the layout of the product

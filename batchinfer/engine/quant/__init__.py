@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +14,13 @@ from batchinfer.engine.kernels.linear.fp8 import has_fp8
 from batchinfer.engine.model.decoder import Layer
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.quant import awq, fp8, gptq, int4, int8, kv, smoothquant
-from batchinfer.engine.quant.calibration import Inputs, Walk
+from batchinfer.engine.quant.calibration import LINEARS, Inputs, Walk
 from batchinfer.engine.quant.quality import Quality, measure
+from batchinfer.engine.quant.sensitivity import Cost, Trials, tried
 from batchinfer.errors import ModelError
 
-__all__ = ["GROUP_SIZE", "SCHEMES", "Quantizer", "Scheme", "find_scheme"]
+__all__ = ["GROUP_SIZE", "LINEARS", "SCHEMES", "Quantizer", "Scheme", "find_scheme"]
 
-# The matrices of a layer. Embedding and head stay as they are: they are a small part of a model, and errors in them
-# reach the tokens undamped.
-LINEARS = ("qkv", "o", "gate_up", "down")
 GROUP_SIZE = 128  # columns that share a scale, where a scheme has groups and nothing else is asked for
 HELD_OUT = 4  # every so many rows measure quality, and calibrate nothing
 
@@ -96,6 +94,8 @@ class Quantizer:
         device: torch.device,
         rows: Sequence[Sequence[int]],
         kv_dtype: str = "auto",
+        kept: Collection[str] = (),
+        trying: bool = False,
     ) -> None:
         """
         Args:
@@ -103,6 +103,8 @@ class Quantizer:
             group_size: columns that share a scale, -1 for one scale a row, 0 for GROUP_SIZE.
             rows: token ids; every HELD_OUT-th row is kept from calibration.
             kv_dtype: of keys and values, one of ``KV_DTYPES``.
+            kept: matrices that stay as they are, named as in ``layer-003.down``.
+            trying: find what each matrix costs in fewer bits.
 
         Raises:
             ModelError: the group size is odd, or there are too few rows to calibrate and to measure with.
@@ -114,10 +116,15 @@ class Quantizer:
         self.spec, self.dtype, self.device, self.kv_dtype = spec, dtype, device, kv_dtype
         self.held_out = rows[::HELD_OUT]
         calibrated = kv_dtype != "auto" or scheme is not None and scheme.calibrated
-        self.rows = [row for i, row in enumerate(rows) if i % HELD_OUT] if calibrated else []
+        others = [row for i, row in enumerate(rows) if i % HELD_OUT]
+        self.rows = others if calibrated else []
         if not self.held_out or calibrated and not self.rows:
             raise ModelError(f"{len(rows)} rows of more than a token are too few to calibrate with; give at least 2")
-        self.quality: Quality | None = None  # known once the last group has come by
+        self.kept = tuple(kept)
+        self._tried = tried(others) if trying else []
+        # Known once the last group has come by.
+        self.quality: Quality | None = None
+        self.costs: dict[str, Cost] = {}
 
     @torch.inference_mode()
     def __call__(self, groups: Iterable[tuple[str, Group]]) -> Iterator[tuple[str, Group]]:
@@ -129,37 +136,51 @@ class Quantizer:
                 calibrating = self._walk(embedding, self.rows) if self.rows else None
                 reference = self._walk(embedding, self.held_out)
                 measured = self._walk(embedding, self.held_out, KV_DTYPES[self.kv_dtype])
+                trials = Trials(self._walk(embedding.float(), self._tried)) if self._tried else None
             elif name == "head":
-                head = dense((embedding if self.spec.tied_head else group["weight"]).to(self.device))
+                weight = (embedding if self.spec.tied_head else group["weight"]).to(self.device)
                 norm = group["norm.weight"].to(self.device)
-                self.quality = measure(measured, reference, norm, head, self.held_out)
+                self.quality = measure(measured, reference, norm, dense(weight), self.held_out)
+                if trials is not None:
+                    self.costs = trials.costs(norm, dense(weight.float()))
             else:
                 full = Layer.from_weights(self._here(self._as_it_is(group)))
                 inputs = calibrating.note(full) if calibrating is not None else {}
                 reference.advance(full)
                 del full
-                group = self._quantized(group, inputs)
+                scaled = self._here(group)
+                group = self._quantized(name, scaled, inputs)
                 inputs.clear()
                 layer = Layer.from_weights(self._here(group))
+                if trials is not None:
+                    trials.advance(name, scaled, self._here(group))
+                del scaled
                 measured.advance(layer)
                 if calibrating is not None:
                     calibrating.advance(layer)
             yield name, group
 
+    def __str__(self) -> str:
+        """What it makes of a model."""
+        if self.scheme is None:
+            return "keys and values in 8 bits"
+        matrices, dtype = len(LINEARS) * self.spec.num_layers, str(self.dtype).removeprefix("torch.")
+        return self.scheme.name + (f", {len(self.kept)} of {matrices} matrices in {dtype}" if self.kept else "")
+
     def _walk(self, embedding: Tensor, rows: Sequence[Sequence[int]], kv_dtype: torch.dtype | None = None) -> Walk:
         return Walk(self.spec, embedding, rows, self.device, kv_dtype)
 
-    def _quantized(self, group: Group, inputs: dict[str, Inputs]) -> Group:
-        scaled = self._here(group)
+    def _quantized(self, name: str, scaled: Group, inputs: dict[str, Inputs]) -> Group:
+        """The layer as the plan keeps it. What is scaled is so in ``scaled`` too."""
         if self.kv_dtype != "auto":
             inputs = kv.fold(scaled, inputs, self.spec, kv.TARGETS[self.kv_dtype])
-        if self.scheme is None:
-            return {name: tensor.cpu() for name, tensor in self._as_it_is(scaled).items()}
-        made = {}
-        for linear, parts in self.scheme.quantize(scaled, inputs, self.spec, self._size).items():
-            made |= {f"{linear}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
-        rest = {name: tensor for name, tensor in scaled.items() if name.partition(".weight")[0] not in LINEARS}
-        return made | {name: tensor.cpu() for name, tensor in self._as_it_is(rest).items()}
+        forms = self.scheme.quantize(scaled, inputs, self.spec, self._size) if self.scheme is not None else {}
+        made = self._as_it_is(scaled)
+        for linear, parts in forms.items():
+            if f"{name}.{linear}" not in self.kept:
+                del made[f"{linear}.weight"]
+                made |= {f"{linear}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+        return {part: tensor.cpu() for part, tensor in made.items()}
 
     @property
     def _size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -12,6 +13,9 @@ from batchinfer.engine.kernels import AttentionBatch, select
 from batchinfer.engine.model.decoder import Layer
 from batchinfer.engine.model.spec import DecoderSpec
 
+# The matrices of a layer. Embedding and head stay as they are: they are a small part of a model, and errors in them
+# reach the tokens undamped.
+LINEARS = ("qkv", "o", "gate_up", "down")
 CHUNK_TOKENS = 2048  # that are computed at a time
 
 
@@ -75,7 +79,7 @@ class Walk:
 
     def note(self, layer: Layer) -> dict[str, Inputs]:
         """What each linear of ``layer`` would be fed; nothing moves."""
-        noted: dict[str, list[Tensor]] = {"qkv": [], "o": [], "gate_up": [], "down": []}
+        noted: dict[str, list[Tensor]] = {linear: [] for linear in LINEARS}
         for residual, batch in zip(self._residuals, self._chunks, strict=True):
             for name, x in self._through(layer, residual.clone(), batch):
                 noted[name].append(x)
@@ -86,6 +90,12 @@ class Walk:
         for residual, batch in zip(self._residuals, self._chunks, strict=True):
             for _ in self._through(layer, residual, batch):
                 pass
+
+    def branch(self) -> Walk:
+        """Another from here on. What they share, each writes anew before it reads."""
+        other = copy.copy(self)
+        other._residuals = [residual.clone() for residual in self._residuals]
+        return other
 
     def normed(self, norm: Tensor) -> Iterator[Tensor]:
         """What the head is fed, chunk by chunk."""

@@ -17,6 +17,7 @@ from batchinfer.errors import ModelError
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 BLOCK = 128  # columns whose errors are gathered before the rest hears of them
+MOST_INPUTS = 16384  # columns that make up for each other: inverting the Hessian of more would take tens of GiB
 
 
 def quantize(
@@ -53,13 +54,25 @@ def compensated(
     """
     if not hessian.isfinite().all():
         raise ModelError("activations of the calibration prompts are not finite: try dtype float32, or other prompts")
-    weight, hessian = weight.clone(), hessian.clone()
+    parts = torch.arange(weight.shape[1], device=weight.device).chunk(-(-weight.shape[1] // MOST_INPUTS))
+    return torch.cat([_together(weight, hessian, nearest, part, act_order, damping) for part in parts], 1)
+
+
+def _together(
+    weight: Tensor,
+    hessian: Tensor,
+    nearest: Callable[[Tensor, int], Tensor],
+    columns: Tensor,
+    act_order: bool,
+    damping: float,
+) -> Tensor:
+    """Those columns of the weight, which make up for each other's rounding."""
+    order = columns[torch.argsort(hessian.diagonal()[columns], descending=True)] if act_order else columns
+    places, inputs = order.tolist(), len(order)
+    weight, hessian = weight[:, order], hessian[order[:, None], order]
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that calibration never saw: their columns are rounded by themselves
-    inputs = weight.shape[1]
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(inputs, device=weight.device)
-    places = order.tolist()
-    weight, hessian = weight[:, order], hessian[order][:, order]
+    seen = diagonal > 0  # columns of inputs that calibration never saw are rounded by themselves
+    diagonal[~seen] = diagonal[seen].mean() if seen.any() else 1.0
     inverse = _inverse_root(hessian, damping)
     rounded = torch.empty_like(weight)
     for first in range(0, inputs, BLOCK):
@@ -71,7 +84,7 @@ def compensated(
             errors[:, i] = (here[:, i] - rounded[:, first + i]) / passed_on[i, i]
             here[:, i:] -= errors[:, i, None] * passed_on[None, i, i:]
         weight[:, block.stop :] -= errors @ inverse[block, block.stop :]
-    return torch.empty_like(rounded).index_copy_(1, order, rounded)
+    return torch.empty_like(rounded).index_copy_(1, order - columns[0], rounded)
 
 
 def _inverse_root(hessian: Tensor, damping: float) -> Tensor:

@@ -14,6 +14,7 @@ from batchinfer.engine.kernels.linear import Linear
 from batchinfer.engine.quant.calibration import Walk
 
 CHUNK_ROWS = 256  # of logits held at a time
+PASSAGE = 32  # neighbouring tokens, which are alike: those of a passage count as one measurement
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: 
     predicts = torch.ones(len(ids), dtype=torch.bool)
     predicts[last] = False
     following = ids.roll(-1)
+    passages = [len(row[first : first + PASSAGE]) for row in rows for first in range(0, len(row), PASSAGE)]
+    passage_of = torch.repeat_interleave(torch.tensor(passages))
     surprise, agreed, count, first = torch.zeros(2, dtype=torch.double), 0, 0, 0
-    squares = 0.0  # of how much more a token surprises one than the other
+    differences = []  # how much more a token surprises one than the other
     for states in zip(quantised.normed(norm), reference.normed(norm), strict=True):
         chosen = predicts[first : first + len(states[0])]
         wanted = following[first : first + len(states[0])][chosen].to(norm.device)
@@ -57,11 +60,19 @@ def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: 
             logits = [head(state[now]).float() for state in kept]
             each = torch.stack([F.cross_entropy(values, wanted[now], reduction="none") for values in logits]).double()
             surprise += each.sum(1).cpu()
-            squares += float((each[0] - each[1]).square().sum())
+            differences.append((each[0] - each[1]).cpu())
             agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
         count += len(wanted)
     means = (surprise / count).tolist()
     perplexity, reference_perplexity = (math.exp(min(mean, 700)) for mean in means)
-    variance = max(squares / count - (means[0] - means[1]) ** 2, 0.0)
-    standard_error = perplexity / reference_perplexity * math.sqrt(variance / count)
-    return Quality(count, perplexity, reference_perplexity, agreed / count, standard_error)
+    spread = _standard_error(torch.cat(differences), passage_of[predicts])
+    return Quality(count, perplexity, reference_perplexity, agreed / count, perplexity / reference_perplexity * spread)
+
+
+def _standard_error(values: Tensor, passage_of: Tensor) -> float:
+    """Of the mean of ``values [tokens]``, where passages are independent of each other; of one alone, its tokens."""
+    passages, passage_of = passage_of.unique(return_inverse=True)
+    if len(passages) == 1:
+        passages, passage_of = values, torch.arange(len(values))
+    off = torch.zeros(len(passages), dtype=values.dtype).index_add_(0, passage_of, values - values.mean())
+    return math.sqrt(float(off.square().sum()) * len(off) / max(len(off) - 1, 1)) / len(values)

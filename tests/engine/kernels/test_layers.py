@@ -39,7 +39,7 @@ def random_layer(rng: np.random.Generator, forms: list[str], hidden: int, heads:
     vectors = {"attn_norm.weight": hidden, "mlp_norm.weight": hidden}
     vectors |= {"q_norm.weight": dim, "k_norm.weight": dim} if normed else {}
     group |= {name: torch.rand(width) + 0.5 for name, width in vectors.items()}
-    return Layer.from_weights(group, dict.fromkeys(shapes, "own"))
+    return Layer.from_weights(group, dict.fromkeys(group, "own"))
 
 
 def one_after_another(kernels, attention, layers, residual, cos_sin, batch, caches):

@@ -72,4 +72,4 @@ def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_p
     assert describe(plans[0]) == describe(plans[1]) != describe(plans[2])
     assert plans[0].fingerprint == plans[1].fingerprint
     assert capsys.readouterr().err.count("does not multiply fp8: emulated") == 2
-    assert "fp8, emulated, 80×48" in plans[0].explain()
+    assert "qkv.fp8 emulated, 80×48" in plans[0].explain()

@@ -11,6 +11,7 @@ from batchinfer.engine.kernels.linear.int4 import dequantize
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.quant import SCHEMES, awq, fp8, gptq, int4, smoothquant
 from batchinfer.engine.quant.calibration import Inputs
+from batchinfer.engine.quant.quality import _standard_error
 from batchinfer.errors import ModelError
 from tests.engine.tiny import DEVICES, make_model
 
@@ -70,6 +71,27 @@ def test_gptq_does_without_what_calibration_never_saw(weight_and_inputs):
     x[0, 0] = float("inf")
     with pytest.raises(ModelError, match="not finite"):
         gptq.quantize(weight, Inputs([x]).hessian, 32)
+
+
+def test_the_size_of_a_hessian_decides_nothing_nor_do_inputs_that_it_has_not_seen(weight_and_inputs):
+    weight, inputs = weight_and_inputs
+    x = inputs.chunks[0] * 1e-3
+    x[:, 40:] = 0
+    made = [weight_of(gptq.quantize(weight, scale * Inputs([x]).hessian, 32)) for scale in (1.0, 1e6)]
+    assert torch.equal(*made)
+    alone = gptq.compensated(weight[:, :40], Inputs([x[:, :40]]).hessian, nearest := lambda column, _: column.round())
+    assert torch.equal(gptq.compensated(weight, Inputs([x]).hessian, nearest)[:, :40], alone)
+
+
+def test_columns_too_many_to_make_up_for_each_other_all_do_so_in_parts(weight_and_inputs, monkeypatch):
+    weight, inputs = weight_and_inputs
+    whole, plain = fp8.quantize(weight, inputs.hessian), fp8.quantize(weight)
+    monkeypatch.setattr(gptq, "MOST_INPUTS", 50)
+    parts = fp8.quantize(weight, inputs.hessian)
+    first = gptq.compensated(weight[:, :43], inputs.hessian[:43, :43], lambda column, _: column.round())
+    assert torch.equal(gptq.compensated(weight, inputs.hessian, lambda column, _: column.round())[:, :43], first)
+    losses = [output_error(weight, one["fp8"].float() * one["scale"][:, None], inputs) for one in (whole, parts, plain)]
+    assert losses[0] < losses[1] < 0.9 * losses[2]
 
 
 def test_awq_loses_less_than_rounding(weight_and_inputs):
@@ -165,6 +187,24 @@ def test_a_build_that_loses_too_much_is_refused_and_leaves_nothing(tmp_path):
             progress=False,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_job_of_one_row_is_calibrated_with_a_text_that_comes_along(tmp_path):
+    folder = make_model(tmp_path / "model", "llama")
+    options = dict(quantization="gptq", max_quality_loss=1e9, seq_len=64, progress=False)
+    plans = [
+        build(str(folder), tmp_path / f"engine-{i}", calibration=rows, **options)
+        for i, rows in enumerate(([[1, 2, 3], [4], []], []))
+    ]
+    assert plans[0].quality == plans[1].quality and plans[0].quality["tokens"] > 1000
+
+
+def test_tokens_of_a_passage_are_no_measurements_of_their_own():
+    values = torch.tensor([1.0, 3.0, 2.0, 6.0])
+    apart = _standard_error(values, torch.tensor([0, 1, 2, 3]))
+    assert apart == pytest.approx(float(values.std()) / 2)
+    assert _standard_error(values.repeat_interleave(5), torch.arange(4).repeat_interleave(5)) == pytest.approx(apart)
+    assert _standard_error(values, torch.tensor([7, 7, 7, 7])) == pytest.approx(apart)
 
 
 def test_what_measures_quality_calibrated_nothing(tmp_path):

@@ -8,7 +8,8 @@ The reference of every form is ``torch.nn.functional.linear`` with the weight th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ __all__ = [
     "Linear",
     "W8A8Linear",
     "dense",
+    "form_of",
     "linear_contenders",
     "load_linear",
 ]
@@ -39,14 +41,15 @@ FORMS: dict[str, Callable[..., Linear]] = {
 }
 
 
-def load_linear(group: dict[str, Tensor], name: str, contender: str | None = None) -> Linear:
+def load_linear(group: dict[str, Tensor], name: str, winners: Mapping[str, str] = MappingProxyType({})) -> Linear:
     """The linear ``name`` of a plan's group, where its tensors lie and in the form in which they are there.
 
     Args:
-        contender: who is to compute it; None, or one that does not work here: whoever is likely to be fastest.
+        winners: linear and form, as ``qkv.fp8`` → who is to compute it; for what is not named, or named by one that
+            does not work here, whoever is likely to be fastest.
     """
-    _, contenders = linear_contenders(group, name)
-    return contenders.get(contender, next(iter(contenders.values())))()
+    form, contenders = linear_contenders(group, name)
+    return contenders.get(winners.get(f"{name}.{form}"), next(iter(contenders.values())))()
 
 
 def linear_contenders(group: dict[str, Tensor], name: str) -> tuple[str, dict[str, Callable[..., Linear]]]:
@@ -54,8 +57,7 @@ def linear_contenders(group: dict[str, Tensor], name: str) -> tuple[str, dict[st
 
     Those that are likely to be fastest come first.
     """
-    parts = {key.removeprefix(f"{name}."): value for key, value in group.items() if key.startswith(f"{name}.")}
-    [form] = FORMS.keys() & parts.keys()
+    form, parts = form_of(group, name), _parts(group, name)
     weight, made = parts[form], FORMS[form]
     slow = functools.partial(made, fast=False)
     if form == "weight":
@@ -67,3 +69,13 @@ def linear_contenders(group: dict[str, Tensor], name: str) -> tuple[str, dict[st
     else:
         ways = {"torch": slow}
     return form, {contender: functools.partial(make, **parts) for contender, make in ways.items()}
+
+
+def form_of(group: dict[str, Tensor], name: str) -> str:
+    """The form in which the linear ``name`` of a plan's group is kept."""
+    [form] = FORMS.keys() & _parts(group, name).keys()
+    return form
+
+
+def _parts(group: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): value for key, value in group.items() if key.startswith(f"{name}.")}

@@ -1,0 +1,54 @@
+"""Budget: what quantising may cost a model. Where it costs more, the matrices that cost most stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+
+from batchinfer.engine.quant import Quantizer
+from batchinfer.engine.quant.sensitivity import Cost
+
+MOST_KEPT = 0.5  # of the weights of matrices: beyond that there is little left of the scheme
+MARGIN = 0.8  # of the budget that is aimed at
+ATTEMPTS = 3  # at keeping enough
+
+
+def within(most: float, quantised: Callable[..., Quantizer]) -> Quantizer:
+    """Quantise a model so that its perplexity grows by no more than ``most``, if that can be.
+
+    Args:
+        quantised: given what a Quantizer is to keep, or whether to try what each matrix costs: one that has seen the
+            whole model.
+
+    Returns:
+        The one that saw it last. Whether it is within ``most`` is for the caller to judge.
+    """
+    made = quantised()
+    if made.scheme is None or made.quality.loss <= most or not math.isfinite(made.quality.loss):
+        return made
+    costs, left = quantised(trying=True).costs, 1.0
+    for _ in range(ATTEMPTS):
+        left *= MARGIN * most / made.quality.loss
+        kept = costliest(costs, left)
+        if share_of_weights(kept, costs) > MOST_KEPT:
+            break
+        made = quantised(kept=kept)
+        if made.quality.loss <= most:
+            break
+    return made
+
+
+def costliest(costs: Mapping[str, Cost], left: float) -> tuple[str, ...]:
+    """The matrices without which no more than the share ``left`` of all cost is left: those that cost most a weight."""
+    chosen = []
+    rest = total = sum(cost.divergence for cost in costs.values())
+    for name in sorted(costs, key=lambda name: costs[name].divergence / costs[name].weights, reverse=True):
+        if rest <= left * total:
+            break
+        chosen.append(name)
+        rest -= costs[name].divergence
+    return tuple(sorted(chosen))
+
+
+def share_of_weights(names: Collection[str], costs: Mapping[str, Cost]) -> float:
+    return sum(costs[name].weights for name in names) / sum(cost.weights for cost in costs.values())
