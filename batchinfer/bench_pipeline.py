@@ -23,6 +23,7 @@ from batchinfer.request import Request
 
 STAGES = (1, 2, 4, 8, 16)
 _USUAL = 64  # tokens of a step, for what a token costs
+_ALIKE = 16  # steps next to each other in cost, which would take as long where nothing disturbs them
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,28 @@ class StepCosts:
     layer_token: float
     head: float
     head_sample: float
+    usual: tuple[float, ...] = ()  # seconds that steps and heads should have taken, in order,
+    jitter: tuple[float, ...] = ()  # and how many times as long they took: stages wait for the slower one
 
     def stages(self, partition: Sequence[int], hop: float) -> Stages:
+        drawn = np.random.default_rng(0)
+
+        def disturbed(seconds: float) -> float:
+            if not self.jitter:
+                return seconds
+            place = np.searchsorted(self.usual, seconds) + drawn.integers(-_ALIKE, _ALIKE)
+            return seconds * self.jitter[min(max(place, 0), len(self.jitter) - 1)]
+
+        def layers(step: StepBatch) -> list[float]:
+            layer = self.layer + self.layer_token * step.num_tokens
+            return [disturbed(count * layer) for count in partition]
+
+        def head(step: StepBatch) -> float:
+            return disturbed(self.head + self.head_sample * len(step.sampled)) if len(step.sampled) else 0.0
+
         return Stages(
-            lambda step: [layers * (self.layer + self.layer_token * step.num_tokens) for layers in partition],
-            lambda step: self.head + self.head_sample * len(step.sampled) if len(step.sampled) else 0.0,
+            layers,
+            head,
             hop=hop,
             floating=FloatingHead(partition, self.a_token(_USUAL)) if len(partition) > 1 else None,
         )
@@ -59,7 +77,13 @@ class StepCosts:
                 rows.append((0, 0, samples > 0, samples))
             taken.append(span.ended - span.begun)
         found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(taken), rcond=None)
-        return cls(*np.maximum(found, 0).tolist())
+        costs = np.maximum(found, 0)
+        usual = np.array(rows, float) @ costs
+        in_order = np.argsort(usual)[np.count_nonzero(usual <= 0) :]
+        usual, taken = usual[in_order], np.array(taken)[in_order]
+        alike = np.array_split(taken / usual, max(1, len(usual) // _ALIKE))
+        jitter = np.concatenate([part / np.median(part) for part in alike])
+        return cls(*costs.tolist(), tuple(usual.tolist()), tuple(jitter.tolist()))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from batchinfer.bench import workload
@@ -73,3 +75,16 @@ def test_costs_are_found_again_in_what_ranks_took():
     found = StepCosts.fit(partition, spans)
     assert (found.layer, found.layer_token) == (pytest.approx(costs.layer), pytest.approx(costs.layer_token))
     assert (found.head, found.head_sample) == (pytest.approx(costs.head), pytest.approx(costs.head_sample))
+    assert found.jitter == pytest.approx([1.0] * len(found.jitter))
+
+
+def test_jitter_is_what_steps_alike_differ_by_and_makes_stages_wait():
+    taken = [1.0, 1.0, 1.0, 1.25]
+    spans = [Span(rank, "step", 0.0, seconds * 64, {"tokens": 64}) for rank in (0, 1) for seconds in taken]
+    costs = StepCosts.fit((1, 1), spans)
+    assert sorted(costs.jitter) == pytest.approx(sorted(2 * taken))
+
+    def bubble(costs: StepCosts) -> float:
+        return simulate(JOBS, PROFILE, costs.stages((1, 1), 0.0), 2, ahead=1).bubble
+
+    assert bubble(costs) > bubble(replace(costs, jitter=())) + 0.02
