@@ -197,9 +197,9 @@ class Engine:
             self.stage.page_size,
             self.plan.eos_token_ids,
             self.prefix_sharing,
-            micro_batches=self.stage.depth - self.stage.ahead,
+            micro_batches=self.stage.micro_batches,
             ahead=self.stage.ahead,
-            prefill_steps=self.stage.prefill_depth,
+            prefill_steps=self.stage.prefill_steps,
         )
 
     # -- intake ---------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Engine:
 
         So they begin with the first step's worth, and have a step under way by the time that the rest is known.
         """
-        if self.stage.depth == 1:
+        if self.stage.micro_batches + self.stage.ahead == 1:
             return float("inf")
         return self.plan.limits.step_tokens * (_INTAKE if self._under_way else 1)
 
@@ -264,8 +264,7 @@ class Engine:
         scheduled = time.perf_counter()
         if launched is not None:
             self._under_way.append((launched, self.stage.launch(launched)))
-        most = self.stage.depth + self.stage.prefill_depth
-        if not self._under_way or (launched is not None and len(self._under_way) < most):
+        if not self._under_way or (launched is not None and not self.scheduler.full):
             return []
         step, tokens = self._under_way.pop(self.stage.next_done([tokens for _, tokens in self._under_way]))
         token_ids = tokens()

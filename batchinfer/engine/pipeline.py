@@ -92,16 +92,17 @@ class Pipeline:
         layout = Layout(tp, partition or (0,) * pp, size - tp * pp, "decode" if prefill else "", floats)
         self.world = World((layout,))
         self.ahead = AHEAD
-        self.depth = (micro_batches or pp) + AHEAD
-        self.prefill_depth = 0
+        self.micro_batches = micro_batches or pp
+        self.depth = self.micro_batches + AHEAD
+        self.prefill_steps = 0
         if prefill:
             before = Layout(prefill[0], deal(layers, prefill[1], self._costs), 0, "prefill")
             self.world = World((before, layout))
-            self.prefill_depth = prefill[1] + 1
+            self.prefill_steps = prefill[1] + 1
         self._arena: int | None = None
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_depth)
+        self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_steps)
         self.trace = trace
         self._launched = 0
         self._floating: FloatingHead | None = None
@@ -171,7 +172,7 @@ class Pipeline:
         gathered = limits.batch_size * spec.vocab_size * plan.torch_dtype.itemsize
         page = 4 * _LARGE_PAGE * spec.num_kv_heads * spec.head_dim * plan.torch_dtype.itemsize * spec.num_layers
         tokens = limits.batch_size * np.dtype(np.int32).itemsize * (spec.hidden_size if self.layout.head_floats else 1)
-        return Sizes(self.depth + self.prefill_depth + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
+        return Sizes(self.depth + self.prefill_steps + 1, hop, tokens, max(hop, gathered), max(PIECE_BYTES, page))
 
     def _share_memory(self, plan: EnginePlan, sizes: Sizes) -> int:
         """A file without a name, for an arena; only what is touched takes memory. It goes with its last process."""

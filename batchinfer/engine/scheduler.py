@@ -69,7 +69,7 @@ class Scheduler:
         self._added = 0
         self._eos = np.array(eos_token_ids, np.int32)
         self._steps = 0  # composed, those of prompts alone not counted
-        self._kinds_under_way = [0, 0]  # steps that decode, steps of prompts alone
+        self._under_way = [0, 0]  # steps that decode, steps of prompts alone
         self._used_share = 1.0  # running mean of how much of its token limit a completion uses
 
     @property
@@ -80,6 +80,11 @@ class Scheduler:
     def profile(self) -> Profile:
         """The one in force."""
         return self._profile_for(self.num_running, self.rows.longest)
+
+    @property
+    def full(self) -> bool:
+        """As many steps are under way as may be, of each kind."""
+        return self._under_way[0] >= self.micro_batches + self.ahead and self._under_way[1] >= self.prefill_steps
 
     def _profile_for(self, sequences: int, longest: int) -> Profile | None:
         """The narrowest that holds so many sequences of up to so many tokens, if there is one."""
@@ -96,22 +101,20 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """Compose the next step and reserve its pages; None when nothing can run before ``complete``."""
-        if not self.prefill_steps:
-            return self._compose(decode=True, prefill=True)
-        step = None
-        if self._kinds_under_way[0] < self.micro_batches + self.ahead:
-            step = self._compose(decode=True, prefill=False)
-        if step is None and self._kinds_under_way[1] < self.prefill_steps:
-            step = self._compose(decode=False, prefill=True)
+        step, apart = None, self.prefill_steps > 0
+        share = self._fair_share()
+        if self._under_way[0] < self.micro_batches + self.ahead:
+            step = self._compose(*share, decode=True, prefill=not apart)
+        if step is None and self._under_way[1] < self.prefill_steps:
+            step = self._compose(*share, decode=False, prefill=True)
             if step is not None:
                 self.rows.prefilling[step.rows] += 1
         if step is not None:
-            self._kinds_under_way[self._of_prompts(step)] += 1
+            self._under_way[self._of_prompts(step)] += 1
         return step
 
-    def _compose(self, decode: bool, prefill: bool) -> StepBatch | None:
+    def _compose(self, most_decoding: int, most_tokens: int, *, decode: bool, prefill: bool) -> StepBatch | None:
         preemptions = self.preemptions
-        most_decoding, most_tokens = self._fair_share()
         going_on = self._continue_running(most_decoding if decode else 0, most_tokens, prefill)
         if going_on is None:
             return None
@@ -137,10 +140,9 @@ class Scheduler:
         A negative token id means that the row's logits were not finite; such a sequence ends with reason ``error``.
         """
         table = self.rows
-        if self.prefill_steps:
-            of_prompts = self._of_prompts(step)
-            self._kinds_under_way[of_prompts] -= 1
-            table.prefilling[step.rows] -= of_prompts
+        of_prompts = self._of_prompts(step)
+        self._under_way[of_prompts] -= 1
+        table.prefilling[step.rows] -= of_prompts
         still_there = table.still_there(step)
         rows, token_ids = step.sampled_rows[still_there], token_ids[still_there]
         table.append(rows, token_ids)
@@ -173,7 +175,7 @@ class Scheduler:
             self.rows.leave(row, 0)
         self.rows.without_those_that_left()
         self.rows.prefilling[:] = 0
-        self._kinds_under_way = [0, 0]
+        self._under_way = [0, 0]
 
     # -- running rows ---------------------------------------------------------------------------------------------
 

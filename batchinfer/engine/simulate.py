@@ -122,7 +122,7 @@ def simulate(
                 sequence = _sequence(pulled, profile)
                 tokens += sequence.limit
                 scheduler.add(sequence)
-        while len(under_way) < micro_batches + ahead and (step := scheduler.schedule()) is not None:
+        while (step := scheduler.schedule()) is not None:
             now += engine_seconds
             steps += 1
             stages.launch(step, now)

@@ -49,9 +49,9 @@ class Stage:
         Raises:
             ModelError: the memory does not hold one sequence of the profile's length.
         """
-        self.depth = 1  # steps that may be launched before the first is taken
-        self.ahead = 0  # of those, how many may go on with tokens that nobody but the device knows yet
-        self.prefill_depth = 0  # and steps of prompts alone, for other ranks
+        self.micro_batches = 1  # steps that may be launched before the first is taken
+        self.ahead = 0  # as many more may go on with tokens that nobody but the device knows yet
+        self.prefill_steps = 0  # and as many of prompts alone, for other ranks
         self.shard = shard or Shard(plan.spec, range(plan.spec.num_layers))
         self.peers = peers
         spec, limits = self.shard.spec, plan.limits
@@ -84,7 +84,7 @@ class Stage:
             from batchinfer.engine.gpu_steps import GpuSteps
 
             if peers is ALONE:
-                self.depth, self.ahead = AHEAD + 1, AHEAD
+                self.ahead = AHEAD
             self._gpu_steps = GpuSteps(self.decoder, self.caches, self.kernels, limits, self.page_size, peers)
 
     def _attention(self, spec: DecoderSpec, device: torch.device) -> PagedAttention:

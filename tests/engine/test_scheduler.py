@@ -97,7 +97,8 @@ def test_every_sequence_is_served_and_every_page_returned(
     for _ in range(10_000):
         if not (scheduler.waiting or scheduler.num_running or under_way):
             break
-        step = scheduler.schedule() if len(under_way) < depth + ahead + apart else None
+        step = scheduler.schedule()
+        assert len(under_way) + (step is not None) <= depth + ahead + apart
         if step is None:
             assert under_way, "work is left and nothing runs: starvation"
             kinds = [of_prompts for _, _, of_prompts, _ in under_way]
@@ -216,7 +217,7 @@ def test_a_sequence_with_more_to_say_overtakes_some_that_came_before_but_not_all
 
 
 def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
-    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True)
+    scheduler = Scheduler([Profile(4, 64, SEQ_LEN)], PagePool(64), PAGE, (EOS,), True, micro_batches=2)
     scheduler.add(sequence([2, 3]))
     first = scheduler.schedule()
     assert scheduler.schedule() is None
@@ -225,7 +226,8 @@ def test_rows_whose_token_is_awaited_are_left_out_of_the_next_step():
     assert set(first.sampled_rows) & set(second.sampled_rows) == set()
     scheduler.complete(second, np.array([5], np.int32))
     scheduler.complete(first, np.array([5], np.int32))
-    assert len(scheduler.schedule().sampled) == 2
+    assert {*scheduler.schedule().rows, *scheduler.schedule().rows} == {*first.rows, *second.rows}
+    assert scheduler.full and scheduler.schedule() is None
 
 
 def two_at_once(scheduler: Scheduler):
@@ -257,6 +259,7 @@ def test_prefill_is_spread_over_the_steps_of_a_pipeline():
     sizes = []
     while (step := scheduler.schedule()) is not None:
         sizes.append(step.num_tokens)
+        scheduler.complete(step, np.full(len(step.sampled), 5, np.int32))
     assert sum(sizes) == 64 * 40
     assert sizes[0] == -(-64 * 40 // _PREFILL_STEPS) and all(later <= size + 2 for size, later in zip(sizes, sizes[1:]))
 
