@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import mmap
 import os
 import selectors
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed import TCPStore
 
-from batchinfer import errors
 from batchinfer.engine.balance import Costs, FloatingHead, deal, keep_costs, known_costs
 from batchinfer.engine.comm import Arena, SharedPeers, Sizes
 from batchinfer.engine.kernels.cpu.library import library
 from batchinfer.engine.layout import Layout, World
-from batchinfer.engine.link import DEADLINE, Link, Message, encode
+from batchinfer.engine.link import DEADLINE, Message, encode
 from batchinfer.engine.occupancy import Occupancy
 from batchinfer.engine.plan import EnginePlan
+from batchinfer.engine.rank import Rank, connect_store, elsewhere
 from batchinfer.engine.scheduler import AHEAD
 from batchinfer.engine.stage import Tokens
 from batchinfer.engine.step import StepBatch
 from batchinfer.engine.trace import Trace
 from batchinfer.engine.transfer import PIECE_BYTES, pages_of
-from batchinfer.engine.worker import ARENA_FD, ENGINE_KEY, LINK_FD, fields_of
+from batchinfer.engine.worker import fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
-from batchinfer.python_path import python_path
 
 _OPENING = 6 * DEADLINE  # what reading the weights may take
 _LARGE_PAGE = 256  # tokens
@@ -100,7 +93,7 @@ class Pipeline:
             self.world = World((before, layout))
             self.prefill_steps = prefill[1] + 1
         self._arena: int | None = None
-        self._ranks: list[_Rank] = []
+        self._ranks: list[Rank] = []
         self._selector = selectors.DefaultSelector()
         self.occupancy = Occupancy(self.world.size, self.depth + self.prefill_steps)
         self.trace = trace
@@ -131,7 +124,7 @@ class Pipeline:
         )
         if elsewhere():
             store = self._store = connect_store()
-            self._ranks = _Rank.await_all(self.world, store)
+            self._ranks = Rank.await_all(self.world, store)
             told["store"] = (store.host, store.port, f"batchinfer/{os.getpid()}/{time.time_ns()}")
         else:
             arena = None
@@ -141,7 +134,7 @@ class Pipeline:
             else:
                 store = self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 told["store"] = (store.host, store.port, "batchinfer")
-            self._ranks += (_Rank.start(r, self.world.layout(r).name(r), arena) for r in range(self.world.size))
+            self._ranks += (Rank.start(r, self.world.layout(r).name(r), arena) for r in range(self.world.size))
         for rank in self._ranks:
             self._selector.register(rank.link, selectors.EVENT_READ, rank)
             rank.link.send("open", rank=rank.number, **told)
@@ -248,7 +241,7 @@ class Pipeline:
             for number in ranks:
                 self._ranks[number].link.send_encoded(message)
         except OSError:
-            raise self._died(self._ranks[number]) from None
+            raise self._ranks[number].died() from None
         except BaseException:  # some ranks know of the step and some do not
             self.close()
             raise
@@ -269,7 +262,7 @@ class Pipeline:
         for rank, message in self._hear(patience):
             self._note(rank, message)
 
-    def _note(self, rank: _Rank, message: Message) -> None:
+    def _note(self, rank: Rank, message: Message) -> None:
         told = message.fields
         if message.kind == "moved":
             self.occupancy.moved(rank.number, told["begun"], told["ended"])
@@ -288,7 +281,7 @@ class Pipeline:
             self._tokens.setdefault(self.world.layout(rank.number), {})[told["step"]] = told["tokens"]
             self.occupancy.returned(time.perf_counter())
 
-    def _hear(self, patience: float) -> list[tuple[_Rank, Message]]:
+    def _hear(self, patience: float) -> list[tuple[Rank, Message]]:
         """What ranks say next.
 
         Raises:
@@ -300,18 +293,15 @@ class Pipeline:
             raise EngineError(f"the engine's ranks were silent for {patience:g} s; run again to go on")
         heard = []
         for key, _ in ready:
-            rank: _Rank = key.data
+            rank: Rank = key.data
             try:
                 message = rank.link.receive()
             except EOFError:
-                raise self._died(rank) from None
+                raise rank.died() from None
             if message.kind == "failed":
-                raise _as_error(rank, message)
+                raise rank.failed(message)
             heard.append((rank, message))
         return heard
-
-    def _died(self, rank: _Rank) -> EngineError:
-        return EngineError(f"{rank} of the engine ended: {rank.epitaph()}; run again to go on")
 
     def forget(self) -> None:
         """Begin to count anew."""
@@ -348,93 +338,3 @@ class _Awaited:
 
     def __call__(self) -> np.ndarray:
         return self.pipeline.take(self.layout, self.number)
-
-
-class _Rank:
-    """One rank's process and the link to it."""
-
-    def __init__(self, number: int, name: str, process: subprocess.Popen | None, link: Link) -> None:
-        self.number = number
-        self.name = name
-        self.process = process
-        self.link = link
-
-    @classmethod
-    def start(cls, number: int, name: str, arena: int | None) -> _Rank:
-        ours, theirs = socket.socketpair()
-        environment = dict(os.environ) | {LINK_FD: str(theirs.fileno()), "PYTHONPATH": python_path()}
-        if arena is not None:
-            environment[ARENA_FD] = str(arena)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "batchinfer.engine.worker"],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()] + ([arena] if arena is not None else []),
-            env=environment,
-        )
-        theirs.close()
-        return cls(number, name, process, Link(ours))
-
-    @classmethod
-    def await_all(cls, world: World, store: TCPStore) -> list[_Rank]:
-        """Those that are started elsewhere, by somebody else: tell them where this engine is, and wait for them."""
-        with socket.create_server(("", 0)) as server:
-            server.settimeout(DEADLINE)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((store.host, store.port))
-                store.set(ENGINE_KEY, f"{probe.getsockname()[0]}:{server.getsockname()[1]}")
-            found: dict[int, _Rank] = {}
-            while len(found) < world.size:
-                try:
-                    channel, _ = server.accept()
-                    channel.settimeout(DEADLINE)
-                    link = Link(channel)
-                    number = link.receive().fields["rank"]
-                    channel.settimeout(None)
-                except (TimeoutError, EOFError):
-                    raise EngineError(
-                        f"{len(found)} of {world.size} ranks have come within {DEADLINE:g} s: start each with "
-                        "`python -m batchinfer.engine.worker`, or all of a machine with torchrun"
-                    ) from None
-                found[number] = cls(number, world.layout(number).name(number), None, link)
-        return [found[number] for number in range(world.size)]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def epitaph(self) -> str:
-        """How its process ended."""
-        if self.process is None:
-            return "its link broke"
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "its link broke or stands still"
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-    def end(self) -> None:
-        self.link.close()  # one that is elsewhere ends with it
-        if self.process is not None:
-            self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds on to: it is dead, or nearly
-                self.process.wait(timeout=30)
-
-
-def elsewhere() -> bool:
-    """Whether ranks are started by somebody else, who has set what torchrun sets, but for this process's own rank."""
-    return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "RANK" not in os.environ
-
-
-def connect_store() -> TCPStore:
-    """The store that rank 0 or torchrun serves at MASTER_ADDR and MASTER_PORT."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=DEADLINE))
-    except RuntimeError:
-        raise EngineError(f"no rank 0 at MASTER_ADDR {address}, MASTER_PORT {port}: start the ranks first") from None
-
-
-def _as_error(rank: _Rank, message: Message) -> Exception:
-    told = message.fields
-    if told["expected"]:
-        return getattr(errors, told["error"], EngineError)(told["message"])
-    return EngineError(f"{rank} of the engine failed: {told['error']}: {told['message']}")

@@ -47,7 +47,7 @@ def ranks_are_threads(monkeypatch):
     Where heads float, they are the first stage's and the last's in turn, whatever they cost here.
     """
 
-    class Thread(pipeline._Rank):
+    class Thread(pipeline.Rank):
         @classmethod
         def start(cls, number, name, arena):
             ours, theirs = socket.socketpair()
@@ -57,7 +57,7 @@ def ranks_are_threads(monkeypatch):
         def end(self):
             self.link.close()
 
-    monkeypatch.setattr(pipeline, "_Rank", Thread)
+    monkeypatch.setattr(pipeline, "Rank", Thread)
     monkeypatch.setattr(balance, "_SECONDS", 0.01)
     turns = itertools.count()
     alternating = lambda self, step: len(step.sampled) > 0 and next(turns) % 2 == 1  # noqa: E731
