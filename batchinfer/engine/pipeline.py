@@ -29,7 +29,6 @@ from batchinfer.engine.stage import Tokens
 from batchinfer.engine.step import StepBatch
 from batchinfer.engine.trace import Trace
 from batchinfer.engine.transfer import PIECE_BYTES, pages_of
-from batchinfer.engine.worker import fields_of
 from batchinfer.errors import EngineError
 from batchinfer.host import available_cores
 
@@ -229,7 +228,7 @@ class Pipeline:
 
     def _send(self, layout: Layout, step: StepBatch, head_on_first: bool) -> int:
         """The number by which its tokens are to be asked for."""
-        self._tell(layout.ranks, encode("step", number=self._launched, head_on_first=head_on_first, **fields_of(step)))
+        self._tell(layout.ranks, encode("step", number=self._launched, head_on_first=head_on_first, **step.fields()))
         self._launched += 1
         self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
         return self._launched - 1

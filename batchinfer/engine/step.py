@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -40,3 +41,22 @@ class StepBatch:
         """So many sequences, at the front, have one token in this step."""
         more = np.diff(self.query_starts) != 1
         return int(more.argmax()) if more.any() else len(more)
+
+    def fields(self) -> dict[str, Any]:
+        """As a message has them; of the table of histories only the rows that are read."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampling"}
+        how = {f.name: getattr(self.sampling, f.name) for f in fields(self.sampling)}
+        if how["all_greedy"]:
+            how = {name: value[:0] if isinstance(value, np.ndarray) else value for name, value in how.items()}
+        else:
+            read = np.flatnonzero(how["repetition_penalty"] != 1)
+            rows, longest = how["history_rows"][read], how["history_lens"][read].max(initial=0)
+            how["history"] = how["history"][rows, :longest]
+            how["history_rows"] = np.zeros_like(how["history_rows"])
+            how["history_rows"][read] = np.arange(len(read))
+        return told | {f"sampling.{name}": value for name, value in how.items()}
+
+    @classmethod
+    def of_fields(cls, told: dict[str, Any]) -> StepBatch:
+        how = SamplingBatch(**{f.name: told[f"sampling.{f.name}"] for f in fields(SamplingBatch)})
+        return cls(**{f.name: told[f.name] for f in fields(cls) if f.name != "sampling"}, sampling=how)

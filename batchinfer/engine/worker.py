@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ import torch
 from batchinfer.engine.balance import measure
 from batchinfer.engine.clock import CudaClock, HostClock
 from batchinfer.engine.comm import Arena, DistributedPeers, Peers, SharedPeers, Sizes
-from batchinfer.engine.kernels import SamplingBatch
 from batchinfer.engine.layout import Layout, Piece, World
 from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
@@ -160,7 +159,7 @@ class Worker:
             elif message.kind == "head":
                 self._settle(told["number"])
             else:
-                self._compute(Launch(told["number"], step_of(told), told["head_on_first"]))
+                self._compute(Launch(told["number"], StepBatch.of_fields(told), told["head_on_first"]))
 
     def _take_pages(self, number: int) -> None:
         """What the steps up to this one have written; some may be of a run that was left in the middle."""
@@ -273,26 +272,6 @@ class Launch(NamedTuple):
     number: int
     step: StepBatch
     head_on_first: bool  # the first stage computes what follows the last layer
-
-
-def fields_of(step: StepBatch) -> dict[str, Any]:
-    """A step as a message's fields; of the table of histories only the rows that are read."""
-    told = {f.name: getattr(step, f.name) for f in fields(step) if f.name != "sampling"}
-    how = {f.name: getattr(step.sampling, f.name) for f in fields(step.sampling)}
-    if how["all_greedy"]:
-        how = {name: value[:0] if isinstance(value, np.ndarray) else value for name, value in how.items()}
-    else:
-        read = np.flatnonzero(how["repetition_penalty"] != 1)
-        rows, longest = how["history_rows"][read], how["history_lens"][read].max(initial=0)
-        how["history"] = how["history"][rows, :longest]
-        how["history_rows"] = np.zeros_like(how["history_rows"])
-        how["history_rows"][read] = np.arange(len(read))
-    return told | {f"sampling.{name}": value for name, value in how.items()}
-
-
-def step_of(told: dict[str, Any]) -> StepBatch:
-    how = SamplingBatch(**{f.name: told[f"sampling.{f.name}"] for f in fields(SamplingBatch)})
-    return StepBatch(**{f.name: told[f.name] for f in fields(StepBatch) if f.name != "sampling"}, sampling=how)
 
 
 def _rendezvous() -> socket.socket:
