@@ -58,15 +58,16 @@ class GpuSteps:
             self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
             self._replies = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(AHEAD + 1)]
             self._replied = [torch.cuda.Event() for _ in range(AHEAD + 1)]
-        if not shard.first:
-            self._residual = torch.zeros(largest, shard.spec.hidden_size, dtype=torch.float32, device=device)
+        self._residual = torch.zeros(largest, shard.spec.hidden_size, dtype=torch.float32, device=device)
         self._logits = None
         if shard.last:
             self._logits = torch.empty(rows, len(shard.vocabulary), dtype=decoder.dtype, device=device)
         self._launched = 0
         self._pool: tuple[int, int] | None = None
         mixed = [*range(128, min(largest, 2048), 128), *range(2048, largest, 256), largest]
+        self._samples = ladder(min(rows, largest))
         self._mixed = self._record(mixed, PREFILLS)
+        self._finishes = self._record_finishes() if shard.last else {}
         self._decodes = self._record(ladder(rows), 0)
 
     def launch(self, step: StepBatch) -> Callable[[], np.ndarray]:
@@ -108,22 +109,33 @@ class GpuSteps:
             return self._replay(self._decodes, step, 0, inputs)
         if step.num_tokens <= self._largest and prefills <= PREFILLS:
             return self._replay(self._mixed, step, PREFILLS, inputs)
-        views = self._inbox.send(self._fields(step), None, self._padding, self._launched)
+        fields = self._fields(step)
+        shapes = {name: field.shape for name, field in fields.items()}
+        if samples := len(step.sampled):  # a number of rows whose products have been computed, and are there, loaded
+            samples = _rung(ladder(self._limits.batch_size), samples)
+            shapes |= dict.fromkeys(("sampled", "sampled_rows"), (samples,))
+        views = self._inbox.send(fields, shapes, self._padding, self._launched)
         return views, self._compute(views, step.singles, prefills, int(step.context_lens.max()), inputs)
 
     def _replay(
         self, graphs: Graphs, step: StepBatch, prefills: int, inputs: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Run the smallest of ``graphs`` that a step fits in."""
-        rungs = list(graphs)
-        rung = rungs[bisect_left(rungs, step.num_tokens)]
+        """Run the smallest of ``graphs`` that a step fits in, and what follows it for those that are sampled."""
+        rung = _rung(list(graphs), step.num_tokens)
         views = self._inbox.send(self._fields(step), self._shapes(rung, prefills), self._padding, self._launched)
         if inputs is not None:
             self._residual[: len(inputs)] = inputs
-        recorded = graphs[rung]
+        out = self._play(graphs[rung])
+        if prefills and self._finishes:
+            if not len(step.sampled):
+                return views, self._logits[:0]
+            out = self._play(self._finishes[_rung(list(self._finishes), len(step.sampled))])
+        return views, out
+
+    def _play(self, recorded: Recorded) -> Tensor:
         recorded.graph.replay()
         self._peers.sent += recorded.sent
-        return views, recorded.out
+        return recorded.out
 
     def _compute(
         self, views: dict[str, Tensor], decodes: int, prefills: int, context: int, inputs: Tensor | None
@@ -132,27 +144,37 @@ class GpuSteps:
 
         The first layers fill in the tokens that the host did not know.
         """
+        residual = self._begin(views) if inputs is None else inputs
+        batch = self._batch(views, decodes, prefills, context)
+        attended = self._decoder.attend(residual, batch, self._caches)
+        return self._finish(residual, attended, views.get("sampled"), views.get("sampled_rows", views["rows"]))
+
+    def _begin(self, views: dict[str, Tensor]) -> Tensor:
+        """The residual stream of the first layers."""
         token_ids, rows = views["token_ids"], views["rows"]
-        if self._decoder.shard.first:
-            decoding = token_ids[: len(rows)]  # among them all that the host does not know
-            decoding.copy_(torch.where(decoding < 0, self._last[rows].clamp_(min=0), decoding))
-        batch = AttentionBatch(
+        decoding = token_ids[: len(rows)]  # among them all that the host does not know
+        decoding.copy_(torch.where(decoding < 0, self._last[rows].clamp_(min=0), decoding))
+        return self._decoder.embed(token_ids)
+
+    def _batch(self, views: dict[str, Tensor], decodes: int, prefills: int, context: int) -> AttentionBatch:
+        return AttentionBatch(
             positions=views["positions"],
             slots=views["slots"],
-            query_starts=views.get("query_starts", rows),  # not read where every sequence has one row
+            query_starts=views.get("query_starts", views["rows"]),  # not read where every sequence has one row
             context_lens=views["context_lens"],
             page_table=views["page_table"],
-            max_query_len=len(token_ids) if prefills else 1,
+            max_query_len=len(views["token_ids"]) if prefills else 1,
             max_context_len=context,
             decodes=decodes,
             prefills=prefills,
             counts=views["counts"],
             shared=views.get("shared"),
         )
-        inputs = token_ids if inputs is None else inputs
-        out = self._decoder.forward(inputs, batch, self._caches, views.get("sampled"), self._logits)
+
+    def _finish(self, residual: Tensor, attended: Tensor, sampled: Tensor | None, rows: Tensor) -> Tensor:
+        out = self._decoder.finish(residual, attended, sampled, self._logits)
         if self._whole and len(out):
-            self._keep(argmax(out), views.get("sampled_rows", rows))
+            self._keep(argmax(out), rows)
         return out
 
     def _keep(self, tokens: Tensor, rows: Tensor) -> None:
@@ -161,13 +183,15 @@ class GpuSteps:
 
     def _shapes(self, tokens: int, prefills: int) -> Shapes:
         sequences = min(tokens, self._limits.batch_size)
-        shapes = dict.fromkeys(("token_ids", "positions", "slots"), (tokens,))
+        # In front, where whatever finishes a step finds them.
+        shapes = dict.fromkeys(("sampled", "sampled_rows"), (self._samples[-1],)) if prefills else {}
+        shapes |= dict.fromkeys(("token_ids", "positions", "slots"), (tokens,))
         shapes |= dict.fromkeys(("rows", "context_lens"), (sequences,))
         shapes |= {"page_table": (sequences, self._table_width), "counts": (2,)}
         if sequences >= SHARING:
             shapes["shared"] = (-(-sequences // SHARERS),)
         if prefills:
-            shapes |= dict.fromkeys(("sampled", "sampled_rows"), (sequences,)) | {"query_starts": (sequences + 1,)}
+            shapes["query_starts"] = (sequences + 1,)
         return shapes
 
     def _fields(self, step: StepBatch) -> dict[str, np.ndarray]:
@@ -182,26 +206,55 @@ class GpuSteps:
 
     @torch.inference_mode()
     def _record(self, rungs: list[int], prefills: int) -> Graphs:
-        """A graph for each number of tokens; the largest first, so that the others live in its memory."""
-        graphs = {}
-        stream = torch.cuda.Stream()
-        for tokens in reversed(rungs):
-            shapes = self._shapes(tokens, prefills)
-            views = self._inbox.views(shapes)
+        """A graph for each number of tokens; of the last layers with prompts, what comes before ``_finishes``."""
+
+        def work(tokens: int) -> Callable[[], Tensor]:
+            views, shard = self._inbox.views(self._shapes(tokens, prefills)), self._decoder.shard
             for name, view in views.items():
                 view.fill_(self._padding.get(name, 0))
-            inputs = None if self._decoder.shard.first else self._residual[:tokens]
-            arguments = views, len(views["rows"]), prefills, self._limits.seq_len, inputs
-            self._compute(*arguments)  # whatever is compiled or allocated once comes about here
+            sequences, residual = len(views["rows"]), self._residual[:tokens]
+            if not (prefills and shard.last):
+                inputs = None if shard.first else residual
+                return lambda: self._compute(views, sequences, prefills, self._limits.seq_len, inputs)
+            batch = self._batch(views, sequences, prefills, self._limits.seq_len)
+
+            def attend() -> Tensor:
+                if shard.first:
+                    residual.copy_(self._begin(views))
+                return self._decoder.attend(residual, batch, self._caches)
+
+            return attend
+
+        return self._record_each(rungs, work)
+
+    @torch.inference_mode()
+    def _record_finishes(self) -> Graphs:
+        """For each number of samples what they need after the last layer's attention, which no other token does."""
+        views = self._inbox.views(self._shapes(self._largest, PREFILLS))
+        attended = self._mixed[self._largest].out
+
+        def work(samples: int) -> Callable[[], Tensor]:
+            sampled, rows = views["sampled"][:samples], views["sampled_rows"][:samples]
+            sampled.fill_(0), rows.fill_(self._padding["rows"])
+            return lambda: self._finish(self._residual, attended, sampled, rows)
+
+        return self._record_each(self._samples, work)
+
+    def _record_each(self, rungs: list[int], work: Callable[[int], Callable[[], Tensor]]) -> Graphs:
+        """The largest first, so that the others live in its memory."""
+        graphs, stream = {}, torch.cuda.Stream()
+        for rung in reversed(rungs):
+            ready = work(rung)
+            ready()  # whatever is compiled or allocated once comes about here
             torch.cuda.synchronize()
             graph, sent = torch.cuda.CUDAGraph(), self._peers.sent
             with torch.cuda.stream(stream):
                 # Others of this process's threads, which watch over its peers, may go on asking the card.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                out = self._compute(*arguments)
+                out = ready()
                 graph.capture_end()
             self._pool = self._pool or graph.pool()
-            graphs[tokens] = Recorded(graph, out, self._peers.sent - sent)
+            graphs[rung] = Recorded(graph, out, self._peers.sent - sent)
             self._peers.sent = sent
         return dict(reversed(graphs.items()))
 
@@ -213,7 +266,7 @@ class Recorded:
     sent: int  # bytes that go to peers
 
 
-Graphs = dict[int, Recorded]  # by their number of tokens
+Graphs = dict[int, Recorded]  # by their number of tokens, or samples
 
 
 class Inbox:
@@ -228,18 +281,17 @@ class Inbox:
         self._arrived = torch.zeros(size, dtype=torch.int32, device=device)
 
     def send(
-        self, fields: dict[str, np.ndarray], shapes: Shapes | None, padding: dict[str, int], number: int
+        self, fields: dict[str, np.ndarray], shapes: Shapes, padding: dict[str, int], number: int
     ) -> dict[str, Tensor]:
         """
         Args:
-            shapes: where they are larger than the arrays'.
+            shapes: may be larger than the arrays'.
             padding: what fills an array, there or not, up to its shape, 0 unless given. Tables are not filled up.
             number: of the step; pinned memory is used again after as many steps as there are slots.
         """
         outgoing, gone = (each[number % len(self._outgoing)] for each in (self._outgoing, self._gone))
         gone.synchronize()
         memory = outgoing.numpy()
-        shapes = shapes or {name: array.shape for name, array in fields.items()}
         end = 0
         for name, (start, end) in self._places(shapes).items():
             target = memory[start:end].reshape(shapes[name])
@@ -264,6 +316,10 @@ class Inbox:
             places[name] = start, start + size
             start += -(-size // self._ALIGN) * self._ALIGN
         return places
+
+
+def _rung(rungs: list[int], least: int) -> int:
+    return rungs[bisect_left(rungs, least)]
 
 
 def ladder(most: int) -> list[int]:

@@ -27,6 +27,7 @@ from batchinfer.engine.step import StepBatch
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
 GPU_PIECE_BYTES = 256 << 20  # what a link carries while a few kernels are launched
+_LANES = 2  # copies under way at once, so that one is carried while another begins
 
 
 def pages_of(step: StepBatch, page_size: int) -> np.ndarray:
@@ -133,6 +134,7 @@ class Direct:
             for piece in pieces
             if piece.source == rank
         ]
+        self._lanes = [clock.lane() for _ in range(_LANES)]
         self._allowed = self._sent = self._taken = 0
 
     def expect(self, pages: np.ndarray) -> None:
@@ -149,8 +151,10 @@ class Direct:
             for target in self._targets:
                 neighbour.wait_for(self._told_by[target], self._sent)
             begun = self._clock.now()
-            for route in self._routes:
-                self._peers.sent += route.copy(pages)
+            for share, lane in zip(np.array_split(pages, len(self._lanes)), self._lanes):
+                with self._clock.beside(begun, lane):
+                    for route in self._routes:
+                        self._peers.sent += route.copy(share)
             for target in self._targets:
                 neighbour.raise_to(self._tells[target], self._sent)
             return begun, self._clock.now()

@@ -131,36 +131,60 @@ class Decoder:
         Returns:
             The residual stream, float32 ``[tokens, hidden]``, after the last layer ``[samples, hidden]``; or logits.
         """
-        kernels, eps, hidden = self.kernels, self.spec.rms_norm_eps, self.spec.hidden_size
-        tokens = len(inputs)
-        q, attended = self._q[:tokens], self._attended[:tokens]
         residual = self.embed(inputs) if self.shard.first else inputs
+        return self.finish(residual, self.attend(residual, batch, caches), sampled, logits)
+
+    def attend(self, residual: Tensor, batch: AttentionBatch, caches: list) -> Tensor:
+        """Run the residual stream of a step, which is overwritten, through all that comes before the last layer's o.
+
+        Returns:
+            What its attention gives, ``dtype [tokens, heads * head_dim]``, in the same memory every time.
+        """
+        attended = self._attended[: len(residual)]
         delta, layers = None, list(zip(self.layers, caches, strict=True))
         if self._fused is not None:
             delta, layers = self._fused(residual, self.cos_sin, batch, caches), layers[-1:]
         for layer, cache in layers:
-            normed = self._room(tokens, hidden, layer.qkv)
-            kernels.add_rms_norm(residual, delta, layer.attn_norm, eps, *normed)
-            qkv = self._for_kernels(layer.qkv, normed)
-            self.attention.rope_write(qkv, self.cos_sin, batch, cache, layer.q_norm, layer.k_norm, eps, q)
+            normed = self._room(*residual.shape, layer.qkv)
+            self.kernels.add_rms_norm(residual, delta, layer.attn_norm, self.spec.rms_norm_eps, *normed)
+            qkv, q = self._for_kernels(layer.qkv, normed), self._q[: len(residual)]
+            norms = layer.q_norm, layer.k_norm, self.spec.rms_norm_eps
+            self.attention.rope_write(qkv, self.cos_sin, batch, cache, *norms, q)
             self.attention.attend(q, batch, cache, attended)
-            if self.shard.last and layer is self.layers[-1] and sampled is not None:
-                # Keys and values are written: from here on only tokens whose logits are wanted matter.
-                attended, residual, tokens = attended[sampled], residual[sampled], len(sampled)
-                if not tokens:
-                    return residual if logits is None else logits[:0]
-            o = self._for_kernels(layer.o, self._as_taken(attended, layer.o), summed=True)
-            normed = self._room(tokens, hidden, layer.gate_up)
-            kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, eps, *normed)
-            activated = self._room(tokens, self.spec.intermediate_size, layer.down)
-            if layer.gate_up.gated is not None:
-                layer.gate_up.gated(*normed, *activated)
-            else:
-                kernels.silu_mul(layer.gate_up(*normed), *activated)
-            handed_on = layer is self.layers[-1] and logits is None
-            down = layer.down(*activated) if handed_on else self._for_kernels(layer.down, activated, summed=True)
-            delta = self.all_reduce(down)
+            if layer is not self.layers[-1]:
+                delta = self._after_attention(layer, residual, attended)
+        return attended
+
+    def finish(
+        self, residual: Tensor, attended: Tensor, sampled: Tensor | None, logits: Tensor | None = None
+    ) -> Tensor:
+        """What comes after ``attend``; arguments and result are those of ``forward``."""
+        if self.shard.last and sampled is not None:
+            # Keys and values are written: from here on only tokens whose logits are wanted matter.
+            attended, residual = attended[sampled], residual[sampled]
+            if not len(sampled):
+                return residual if logits is None else logits[:0]
+        delta = self._after_attention(self.layers[-1], residual, attended, handed_on=logits is None)
         return residual.add_(delta) if logits is None else self.logits(residual, delta, logits)
+
+    def _after_attention(
+        self, layer: Layer, residual: Tensor, attended: Tensor, handed_on: bool = False
+    ) -> Tensor | Unscaled:
+        """What a layer's MLP adds to the residual stream, which gets what its attention adds.
+
+        Args:
+            handed_on: to others than kernels, who would scale it in passing.
+        """
+        o = self._for_kernels(layer.o, self._as_taken(attended, layer.o), summed=True)
+        normed = self._room(*residual.shape, layer.gate_up)
+        self.kernels.add_rms_norm(residual, self.all_reduce(o), layer.mlp_norm, self.spec.rms_norm_eps, *normed)
+        activated = self._room(len(residual), self.spec.intermediate_size, layer.down)
+        if layer.gate_up.gated is not None:
+            layer.gate_up.gated(*normed, *activated)
+        else:
+            self.kernels.silu_mul(layer.gate_up(*normed), *activated)
+        down = layer.down(*activated) if handed_on else self._for_kernels(layer.down, activated, summed=True)
+        return self.all_reduce(down)
 
     def logits(self, residual: Tensor, delta: Tensor | Unscaled | None = None, out: Tensor | None = None) -> Tensor:
         """What follows the last layer: final norm and head.
