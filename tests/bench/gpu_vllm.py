@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bench.workloads import WORKLOADS
+from tests.bench.workloads import WORKLOADS, like_chat
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336,
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=WORKLOADS)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--requests", type=int, help="of each workload, its own number unless given")
+    parser.add_argument("--requests", type=int, help="of chat, others accordingly; their own number unless given")
     asked = parser.parse_args()
     os.environ |= dict(VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     from vllm import LLM, SamplingParams
@@ -46,9 +46,8 @@ def main() -> None:
             folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, gpu_memory_utilization=0.92,
             tensor_parallel_size=asked.tp, pipeline_parallel_size=asked.pp, **fp8,
         )  # fmt: skip
-        count = [asked.requests] if asked.requests else []
-        for name in ["warm-up", *asked.names]:
-            workload = WORKLOADS["chat"](64) if name == "warm-up" else WORKLOADS[name](*count)
+        jobs = {name: like_chat(name, asked.requests) if asked.requests else WORKLOADS[name]() for name in asked.names}
+        for name, workload in {"warm-up": WORKLOADS["chat"](64), **jobs}.items():
             prompts = [{"prompt_token_ids": prompt} for prompt, _ in workload]
             how = [SamplingParams(temperature=0, max_tokens=o, ignore_eos=True, detokenize=False) for _, o in workload]
             engine.reset_prefix_cache()

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import multiprocessing
+import operator
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +38,7 @@ from batchinfer.engine.trace import Span
 from tests.bench import links
 from tests.bench.gpu import vllm
 from tests.bench.random_plan import make_plan
-from tests.bench.workloads import WORKLOADS, Workload
+from tests.bench.workloads import WORKLOADS, Workload, like_chat
 from tests.engine.test_families import prompts
 from tests.engine.tiny import make_model
 
@@ -63,9 +66,9 @@ class Layout(NamedTuple):
 
 ONE = Layout(1, 1)
 LAYOUTS = [
-    Layout(1, 2, None, 3), Layout(2, 1), Layout(1, 2), Layout(1, 1, (1, 1)),
-    Layout(1, 4, None, 6), Layout(2, 2, None, 3), Layout(4, 1), Layout(1, 2, (2, 1)),
-    Layout(1, 8, None, 12), Layout(2, 4, None, 6), Layout(8, 1), Layout(1, 4, (2, 2)),
+    Layout(1, 2), Layout(2, 1), Layout(1, 1, (1, 1)),
+    Layout(1, 4), Layout(2, 2), Layout(4, 1), Layout(1, 2, (2, 1)),
+    Layout(1, 8), Layout(2, 4), Layout(8, 1), Layout(1, 4, (2, 2)),
 ]  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="8b, 70b or tiny")
     parser.add_argument("--mode", default="fp8", choices=["fp8", "bf16"])
     parser.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
-    parser.add_argument("--requests", type=int, default=2000, help="of each workload, of 70B an eighth")
+    parser.add_argument("--requests", type=int, default=3000, help="of chat, others accordingly; of 70B a twelfth")
     parser.add_argument("--layouts", nargs="+", help="those of this name alone")
     parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure without comparing tokens")
     parser.add_argument("--seconds", type=float, default=560, help="that all of it may take")
@@ -112,13 +115,16 @@ def _options() -> argparse.Namespace:
 
 
 def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, left: Callable[[], float]) -> None:
-    """Every layout on every workload, the first on one GPU where the model fits it."""
+    """Every layout on every workload, the first on one GPU where the model fits it, each workload on another one."""
     shape = plan.model.split("-")[0]
-    count = asked.requests // 8 if shape == "70b" else asked.requests
-    jobs = {name: WORKLOADS[name](count) for name in asked.workloads}
+    count = asked.requests // 12 if shape == "70b" else asked.requests
+    jobs = {name: like_chat(name, count) for name in asked.workloads}
     alone: dict[str, Any] = {}
     for layout in layouts if shape == "70b" else [ONE, *layouts]:
-        told = _apart(_speeds, left(), plan, layout, jobs)
+        if layout == ONE:
+            told = _side_by_side(plan, jobs, asked.gpus, left())
+        else:
+            told = _apart(_speeds, left(), plan, layout, jobs)
         if told is None:
             _tell(kind="speed", model=plan.model, layout=str(layout), error="failed, hung or out of time")
             continue
@@ -153,6 +159,23 @@ def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> dict
         for name, job in jobs.items():
             found[name] = _run(engine, job) | {"open_seconds": round(opened, 1)}
     return found
+
+
+def _side_by_side(plan: EnginePlan, jobs: dict[str, Workload], gpus: int, seconds: float) -> dict[str, Any] | None:
+    """``_speeds`` of one GPU, the jobs dealt to all of them, and run at once; None if one failed."""
+    shares = [{str(name): jobs[name] for name in names} for names in np.array_split(list(jobs), min(gpus, len(jobs)))]
+
+    def run(gpu: int) -> dict[str, Any] | None:
+        return _apart(_on_one, seconds, gpu, plan, shares[gpu])
+
+    with ThreadPoolExecutor(len(shares)) as threads:
+        told = list(threads.map(run, range(len(shares))))
+    return functools.reduce(operator.or_, told) if all(told) else None
+
+
+def _on_one(gpu: int, plan: EnginePlan, jobs: dict[str, Workload]) -> dict[str, Any]:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    return _speeds(plan, ONE, jobs)
 
 
 def _profile(rows: int) -> Profile:

@@ -42,6 +42,11 @@ def uniform(count: int = 256, seed: int = 0) -> Workload:
     return [(_ids(rng, prompt), int(output)) for prompt, output in zip(prompts, outputs)]
 
 
+def like_chat(name: str, count: int) -> Workload:
+    """A workload that takes about as long as ``count`` requests of chat, or less."""
+    return WORKLOADS[name](count // 3 if name == "uniform" else count)
+
+
 def fixed(prompt: int, output: int, count: int, seed: int = 3) -> Workload:
     rng = np.random.default_rng(seed)
     return [(_ids(rng, prompt), output) for _ in range(count)]
