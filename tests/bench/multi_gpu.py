@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="8b, 70b or tiny")
     parser.add_argument("--mode", default="fp8", choices=["fp8", "bf16"])
     parser.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
-    parser.add_argument("--requests", type=int, default=3000, help="of chat, others accordingly; of 70B a twelfth")
+    parser.add_argument("--requests", type=int, default=2400, help="of chat, others accordingly; of 70B a twelfth")
     parser.add_argument("--layouts", nargs="+", help="those of this name alone")
     parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure without comparing tokens")
     parser.add_argument("--seconds", type=float, default=560, help="that all of it may take")
