@@ -26,10 +26,7 @@ class HostClock:
         """When it came to a moment that has passed."""
         return moment
 
-    def lane(self) -> Any:
-        """Where work may run beside other work."""
-
-    def beside(self, moment: Any, lane: Any = None) -> contextlib.AbstractContextManager[None]:
+    def beside(self, moment: Any) -> contextlib.AbstractContextManager[None]:
         """What is begun within runs beside all that was begun after ``moment``; what is begun later waits for it."""
         return contextlib.nullcontext()
 
@@ -60,16 +57,12 @@ class CudaClock(HostClock):
     def seconds(self, moment: torch.cuda.Event) -> float:
         return self._at + self._zero.elapsed_time(moment) / 1e3
 
-    def lane(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
-
     @contextlib.contextmanager
-    def beside(self, moment: torch.cuda.Event, lane: torch.cuda.Stream | None = None) -> Iterator[None]:
-        lane = lane or self._side
-        lane.wait_event(moment)
-        with torch.cuda.stream(lane):
+    def beside(self, moment: torch.cuda.Event) -> Iterator[None]:
+        self._side.wait_event(moment)
+        with torch.cuda.stream(self._side):
             yield
-        torch.cuda.current_stream().wait_stream(lane)
+        torch.cuda.current_stream().wait_stream(self._side)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

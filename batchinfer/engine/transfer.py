@@ -24,10 +24,10 @@ from batchinfer.engine.model.shard import Shard
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.stage import Stage
 from batchinfer.engine.step import StepBatch
+from batchinfer.errors import EngineError
 
 PIECE_BYTES = 4 << 20  # about what goes in one tensor: large enough to be fast, small enough to be on its way soon
 GPU_PIECE_BYTES = 256 << 20  # what a link carries while a few kernels are launched
-_LANES = 2  # copies under way at once, so that one is carried while another begins
 
 
 def pages_of(step: StepBatch, page_size: int) -> np.ndarray:
@@ -105,6 +105,9 @@ class Direct:
     """GPUs of one machine: who has computed pages writes them to where they belong, and the other only decodes.
 
     A pair of ranks has two counters of steps: at the one that sends, how many may come; at the other, how many have.
+
+    Raises:
+        EngineError: some rank's memory cannot be seen from here.
     """
 
     def __init__(
@@ -122,9 +125,8 @@ class Direct:
         self._sources = sorted({piece.source for piece in pieces if piece.target == rank})
         self._targets = sorted({piece.target for piece in pieces if piece.source == rank})
         self._counters = torch.zeros(world.size, dtype=torch.int32, device=stage.device)
-        store.set(f"counters {rank}", neighbour.show(self._counters))
-        if self._sources:
-            store.set(f"pages {rank}", neighbour.show(stage.caches[0]))
+        for name, memory in (("counters", self._counters), ("pages", stage.caches[0])):
+            store.set(f"{name} {rank}", _shown(memory))
         ours = self._counters.data_ptr()
         self._told_by = {other: ours + 4 * other for other in (*self._sources, *self._targets)}
         self._tells = {other: _seen(store, f"counters {other}") + 4 * rank for other in self._told_by}
@@ -134,7 +136,6 @@ class Direct:
             for piece in pieces
             if piece.source == rank
         ]
-        self._lanes = [clock.lane() for _ in range(_LANES)]
         self._allowed = self._sent = self._taken = 0
 
     def expect(self, pages: np.ndarray) -> None:
@@ -151,13 +152,12 @@ class Direct:
             for target in self._targets:
                 neighbour.wait_for(self._told_by[target], self._sent)
             begun = self._clock.now()
-            for share, lane in zip(np.array_split(pages, len(self._lanes)), self._lanes):
-                with self._clock.beside(begun, lane):
-                    for route in self._routes:
-                        self._peers.sent += route.copy(share)
+            for route in self._routes:
+                self._peers.sent += route.copy(pages)
+            ended = self._clock.now()
             for target in self._targets:
                 neighbour.raise_to(self._tells[target], self._sent)
-            return begun, self._clock.now()
+            return begun, ended
 
     def take(self, pages: np.ndarray) -> None:
         self._taken += 1
@@ -210,5 +210,21 @@ class Route(NamedTuple):
         return len(pages) * self.width * self.rows
 
 
+def _shown(memory: Tensor) -> str:
+    """Empty where the driver does not let others see it: all who wait for it are to know."""
+    try:
+        return neighbour.show(memory)
+    except EngineError:
+        return ""
+
+
 def _seen(store: Store, key: str) -> int:
-    return neighbour.see(store.get(key).decode())
+    if not (shown := store.get(key).decode()):
+        raise EngineError(f"{key} cannot be seen by other processes")
+    return neighbour.see(shown)
+
+
+def all_agree(store: Store, rank: int, ranks: int, yes: bool) -> bool:
+    """Whether all ranks say yes."""
+    store.set(f"agrees {rank}", "yes" if yes else "no")
+    return all(store.get(f"agrees {other}") == b"yes" for other in range(ranks))

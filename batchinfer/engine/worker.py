@@ -31,8 +31,8 @@ from batchinfer.engine.link import DEADLINE, Link, Message
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.stage import Stage, Tokens, to_host
 from batchinfer.engine.step import StepBatch
-from batchinfer.engine.transfer import Direct, Parcels, Transfer, pages_of
-from batchinfer.errors import BatchInferError
+from batchinfer.engine.transfer import Direct, Parcels, Transfer, all_agree, pages_of
+from batchinfer.errors import BatchInferError, EngineError
 
 Inbox = queue.SimpleQueue  # of messages
 LINK_FD, ARENA_FD = "BATCHINFER_LINK_FD", "BATCHINFER_ARENA_FD"  # environment variables
@@ -130,9 +130,12 @@ class Worker:
         return DistributedPeers(self.world, self.rank, deadline, self.store, device)
 
     def _transfer(self, told: dict[str, Any], plan: EnginePlan, pieces: list[Piece]) -> Transfer:
-        reach = torch.cuda.can_device_access_peer
-        if plan.device == "cuda" and told["together"] and all(reach(a, b) for a, b, *_ in pieces):
-            return Direct(self.stage, self.peers, self.world, plan.spec, self.rank, self.clock, self.store)
+        reach, direct = torch.cuda.can_device_access_peer, None
+        if plan.device == "cuda" and told["together"] and pieces and all(reach(a, b) for a, b, *_ in pieces):
+            with contextlib.suppress(EngineError):
+                direct = Direct(self.stage, self.peers, self.world, plan.spec, self.rank, self.clock, self.store)
+            if all_agree(self.store, self.rank, self.world.size, direct is not None):
+                return direct
         return Parcels(self.stage, self.peers, pieces, self.rank, self.clock)
 
     def _measure(self, plan: EnginePlan) -> tuple[int, ...]:

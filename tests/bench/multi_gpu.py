@@ -88,10 +88,15 @@ def main() -> None:
     speeds = _apart(links.measure, min(90, left()), asked.gpus) if asked.device == "cuda" else None
     _tell(kind="links", **(speeds or {}))
     with tempfile.TemporaryDirectory() as folder:
-        for layout in layouts if asked.tokens else []:
-            if layout.tp <= 6 and layout.pp <= 3 and not layout.micro_batches:  # heads and layers of the small model
-                same = _apart(_same_tokens, min(90, left()), Path(folder, "small"), layout, asked.device)
-                _tell(kind="tokens", layout=str(layout), same_as_one=same)
+        # As many heads and layers as the small model has.
+        small = [layout for layout in layouts if layout.tp <= 6 and layout.pp <= 3 and asked.tokens]
+        with ThreadPoolExecutor(max(1, len(small))) as threads:  # it takes a GPU little beside the starting of ranks
+
+            def same(layout: Layout) -> bool | None:
+                return _apart(_same_tokens, min(90, left()), Path(folder, str(layout)), layout, asked.device)
+
+            for layout, answer in zip(small, threads.map(same, small)):
+                _tell(kind="tokens", layout=str(layout), same_as_one=answer)
         for shape in asked.models:
             plan = make_plan(Path(folder, shape), shape, asked.mode, _profile(ROWS), asked.device)
             torch.cuda.empty_cache() if asked.device == "cuda" else None
