@@ -34,6 +34,9 @@ Shapes = dict[str, tuple[int, ...]]
 class GpuSteps:
     """Recorded steps are padded: with sequences past those counted, tokens without a slot, samples of nobody's row.
 
+    Of steps with prompts few tokens are sampled: what comes after the last layer's attention is recorded apart, for a
+    ladder of numbers of samples.
+
     A rank that holds a part of the model takes and gives the residual stream; sums over its peers are recorded too.
     """
 
@@ -111,7 +114,9 @@ class GpuSteps:
             return self._replay(self._mixed, step, PREFILLS, inputs)
         fields = self._fields(step)
         shapes = {name: field.shape for name, field in fields.items()}
-        if samples := len(step.sampled):  # a number of rows whose products have been computed, and are there, loaded
+        if samples := len(step.sampled):
+            # As many as some recorded step has: the library loads a product's kernel when it is first used, and that
+            # waits for the whole GPU, while nobody gets to know what is done.
             samples = _rung(ladder(self._limits.batch_size), samples)
             shapes |= dict.fromkeys(("sampled", "sampled_rows"), (samples,))
         views = self._inbox.send(fields, shapes, self._padding, self._launched)
@@ -235,7 +240,8 @@ class GpuSteps:
 
         def work(samples: int) -> Callable[[], Tensor]:
             sampled, rows = views["sampled"][:samples], views["sampled_rows"][:samples]
-            sampled.fill_(0), rows.fill_(self._padding["rows"])
+            sampled.zero_()
+            rows.fill_(self._padding["rows"])
             return lambda: self._finish(self._residual, attended, sampled, rows)
 
         return self._record_each(self._samples, work)

@@ -105,9 +105,6 @@ class Direct:
     """GPUs of one machine: who has computed pages writes them to where they belong, and the other only decodes.
 
     A pair of ranks has two counters of steps: at the one that sends, how many may come; at the other, how many have.
-
-    Raises:
-        EngineError: some rank's memory cannot be seen from here.
     """
 
     def __init__(
@@ -120,6 +117,13 @@ class Direct:
         clock: HostClock,
         store: Store,
     ) -> None:
+        """
+        Args:
+            store: where ranks show each other their memory.
+
+        Raises:
+            EngineError: memory of some rank cannot be seen from here.
+        """
         pieces = world.pieces(model)
         self._peers, self._clock = peers, clock
         self._sources = sorted({piece.source for piece in pieces if piece.target == rank})

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import multiprocessing
-import operator
 import os
 import sys
 import tempfile
@@ -42,6 +40,7 @@ from tests.bench.workloads import WORKLOADS, Workload, like_chat
 from tests.engine.test_families import prompts
 from tests.engine.tiny import make_model
 
+_BEGUN = time.monotonic()
 ROWS = 2048  # at once, of each GPU: several together have room for the keys and values of as many more
 # Multicast over NVLink can put a host's GPUs out of service.
 QUIET = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1", NVSHMEM_DISABLE_NVLS="1")
@@ -85,7 +84,7 @@ def main() -> None:
     def left() -> float:
         return ends - time.monotonic()
 
-    speeds = _apart(links.measure, min(90, left()), asked.gpus) if asked.device == "cuda" else None
+    speeds = next(_apart(links.measure, min(90, left()), asked.gpus), None) if asked.device == "cuda" else None
     _tell(kind="links", **(speeds or {}))
     with tempfile.TemporaryDirectory() as folder:
         # As many heads and layers as the small model has.
@@ -93,7 +92,9 @@ def main() -> None:
         with ThreadPoolExecutor(max(1, len(small))) as threads:  # it takes a GPU little beside the starting of ranks
 
             def same(layout: Layout) -> bool | None:
-                return _apart(_same_tokens, min(90, left()), Path(folder, str(layout)), layout, asked.device)
+                return next(
+                    _apart(_same_tokens, min(90, left()), Path(folder, str(layout)), layout, asked.device), None
+                )
 
             for layout, answer in zip(small, threads.map(same, small)):
                 _tell(kind="tokens", layout=str(layout), same_as_one=answer)
@@ -109,7 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="8b, 70b or tiny")
     parser.add_argument("--mode", default="fp8", choices=["fp8", "bf16"])
     parser.add_argument("--workloads", nargs="+", default=["chat", "extract", "uniform"], choices=WORKLOADS)
-    parser.add_argument("--requests", type=int, default=2400, help="of chat, others accordingly; of 70B a twelfth")
+    parser.add_argument("--requests", type=int, default=1600, help="of chat, others accordingly; of 70B a twelfth")
     parser.add_argument("--layouts", nargs="+", help="those of this name alone")
     parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure without comparing tokens")
     parser.add_argument("--seconds", type=float, default=560, help="that all of it may take")
@@ -126,18 +127,17 @@ def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, 
     jobs = {name: like_chat(name, count) for name in asked.workloads}
     alone: dict[str, Any] = {}
     for layout in layouts if shape == "70b" else [ONE, *layouts]:
-        if layout == ONE:
-            told = _side_by_side(plan, jobs, asked.gpus, left())
-        else:
-            told = _apart(_speeds, left(), plan, layout, jobs)
-        if told is None:
-            _tell(kind="speed", model=plan.model, layout=str(layout), error="failed, hung or out of time")
-            continue
-        for name, run in told.items():
-            steps = run.pop("steps_of_one", None)
-            if steps:
+        about = dict(kind="speed", model=plan.model, layout=str(layout))
+        missing = dict.fromkeys(jobs)
+        runs = _side_by_side if layout == ONE else _in_layout
+        for name, run in runs(plan, layout, jobs, asked.gpus, left()):
+            if name is None:
+                _tell(**about | {"kind": "opened"}, **run)
+                continue
+            del missing[name]
+            if steps := run.pop("steps_of_one", None):
                 alone[name] = run | {"model": _fit(steps)}
-            if name in alone and layout.gpus > 1:
+            elif name in alone:
                 run["over_one"] = round(run["output_tok_s"] / alone[name]["output_tok_s"], 3)
                 if not layout.prefill:
                     run["expected"] = _expect(plan, layout, jobs[name], alone[name], speeds)
@@ -145,42 +145,52 @@ def _compare(plan: EnginePlan, layouts: list[Layout], asked: Any, speeds: dict, 
                 run["moved_link_share"] = round(run["moved_bytes_s"] / speeds["send"], 4)
             if speeds and layout.gpus > 1:
                 run["link_share"] = round(run["bytes_sent"] / run["seconds"] / layout.gpus / speeds["send"], 4)
-            _tell(kind="speed", model=plan.model, layout=str(layout), workload=name, **run)
+            _tell(**about, workload=name, **run)
+        if missing:
+            _tell(**about, error="failed, hung or out of time", workloads=list(missing))
     if asked.device == "cuda" and importlib.util.find_spec("vllm") is not None:
         for tp, pp in ((asked.gpus, 1), (1, asked.gpus)):
             for name, rate in vllm(shape, asked.mode, list(jobs), left() / 2, tp, pp, count).items():
                 _tell(kind="vllm", model=plan.model, tp=tp, pp=pp, workload=name, output_tok_s=rate)
 
 
-def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> dict[str, dict[str, Any]]:
+Runs = Iterator[tuple[str | None, dict[str, Any]]]  # by their job, and without a name what opening took
+
+
+def _speeds(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> Runs:
     tp, pp, prefill, micro_batches = layout
     plan = _with_rows(plan, ROWS * tp * pp)
     options = dict(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches)
     options |= dict(trace=plan.path / "trace.json") if prefill else {}
-    begun, found = time.perf_counter(), {}
+    begun = time.perf_counter()
     with contextlib.closing(Engine(plan, **options)) as engine:
-        opened = time.perf_counter() - begun
+        yield None, {"seconds": round(time.perf_counter() - begun, 1)}
         _run(engine, next(iter(jobs.values()))[:64])  # whatever is compiled on first use
         for name, job in jobs.items():
-            found[name] = _run(engine, job) | {"open_seconds": round(opened, 1)}
-    return found
+            yield name, _run(engine, job)
 
 
-def _side_by_side(plan: EnginePlan, jobs: dict[str, Workload], gpus: int, seconds: float) -> dict[str, Any] | None:
-    """``_speeds`` of one GPU, the jobs dealt to all of them, and run at once; None if one failed."""
+def _in_layout(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload], gpus: int, seconds: float) -> Runs:
+    """Each run as soon as it is done: what comes too late takes none along that did not."""
+    return _apart(_speeds, seconds, plan, layout, jobs)
+
+
+def _side_by_side(plan: EnginePlan, layout: Layout, jobs: dict[str, Workload], gpus: int, seconds: float) -> Runs:
+    """Those of one GPU, the jobs dealt to all there are."""
     shares = [{str(name): jobs[name] for name in names} for names in np.array_split(list(jobs), min(gpus, len(jobs)))]
 
-    def run(gpu: int) -> dict[str, Any] | None:
-        return _apart(_on_one, seconds, gpu, plan, shares[gpu])
+    def run(gpu: int) -> list:
+        return list(_apart(_on_one, seconds, gpu, plan, layout, shares[gpu]))
 
     with ThreadPoolExecutor(len(shares)) as threads:
-        told = list(threads.map(run, range(len(shares))))
-    return functools.reduce(operator.or_, told) if all(told) else None
+        for found in threads.map(run, range(len(shares))):
+            yield from found
 
 
-def _on_one(gpu: int, plan: EnginePlan, jobs: dict[str, Workload]) -> dict[str, Any]:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    return _speeds(plan, ONE, jobs)
+def _on_one(gpu: int, plan: EnginePlan, layout: Layout, jobs: dict[str, Workload]) -> Runs:
+    if plan.device == "cuda":
+        torch.cuda.set_device(gpu)
+    return _speeds(plan, layout, jobs)
 
 
 def _profile(rows: int) -> Profile:
@@ -310,28 +320,32 @@ def _same_tokens(folder: Path, layout: Layout, device: str) -> bool:
     return said(tp=tp, pp=pp, prefill=prefill, micro_batches=micro_batches) == said()
 
 
-def _apart(work: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
-    """What ``work`` returns, in a process of its own; None if it fails, or takes longer and has to be killed."""
+def _apart(work: Callable[..., Any], seconds: float, *arguments: Any) -> Iterator[Any]:
+    """What ``work`` yields or returns, in a process of its own, until it ends, fails, or takes longer and is killed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, work, arguments))
     process.start()
     theirs.close()
+    ends = time.monotonic() + max(1.0, seconds)
     try:
-        return ours.recv() if ours.poll(max(1.0, seconds)) else None
+        while ours.poll(max(0.0, ends - time.monotonic())):
+            yield ours.recv()
     except EOFError:
-        return None
+        return
     finally:
         process.kill()
         process.join()
 
 
 def _answer(connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
-    connection.send(work(*arguments))
+    found = work(*arguments)
+    for each in found if isinstance(found, Iterator) else [found]:
+        connection.send(each)
 
 
 def _tell(**about: Any) -> None:
-    print(json.dumps(about), flush=True)
+    print(json.dumps(about | {"at": round(time.monotonic() - _BEGUN)}), flush=True)
 
 
 if __name__ == "__main__":
