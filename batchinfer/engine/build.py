@@ -138,6 +138,8 @@ def build(
         def quantised(kept: Sequence[str] = (), trying: bool = False) -> Quantizer:
             on = torch.device(device)
             quantizer = Quantizer(scheme, group_size, spec, held, on, rows, kv_dtype, kept, trying)
+            if progress and trying:
+                print("batchinfer: too much: trying what each matrix costs", file=sys.stderr, flush=True)
             groups = quantizer(convert(source, spec, held, torch.float32))
             write(groups, "trying each matrix of" if trying else "quantising")
             if progress and not trying:

@@ -468,12 +468,10 @@ def test_a_quantised_model_says_the_same_from_shards_in_float32(models, scheme, 
 
 def test_a_model_quantised_in_part_says_the_same_from_shards(models, tmp_path, ranks_are_threads):
     plan = build(str(models["llama"]), tmp_path / "plan", **quantised("int4"))
-    kept, file = (
-        build(str(models["llama"]), **OPTIONS).weights("layer-001"),
-        plan.path / "weights/layer-001.safetensors",
-    )
-    stored = {part: tensor for part, tensor in plan.weights("layer-001").items() if not part.startswith(("o.", "gate"))}
-    save_file(stored | {part: kept[part].clone() for part in ("o.weight", "gate_up.weight")}, file)
+    whole, group = build(str(models["llama"]), **OPTIONS).weights("layer-001"), plan.weights("layer-001")
+    group = {part: tensor.clone() for part, tensor in group.items() if not part.startswith(("o.", "gate_up."))}
+    group |= {part: whole[part].clone() for part in ("o.weight", "gate_up.weight")}
+    save_file(group, plan.path / "weights/layer-001.safetensors")
     expected = said(Engine(plan.path))
     with contextlib.closing(Engine(plan.path, tp=2, pp=2)) as engine:
         assert said(engine) == expected

@@ -21,7 +21,7 @@ from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.sensitivity import Cost
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError
-from tests.engine.tiny import make_model
+from tests.engine.tiny import DEVICES, make_model
 from tests.engine.train import TRAINED
 
 OPTIONS = dict(device="cpu", dtype="bfloat16", seq_len=256, quantization="int4", group_size=-1)
@@ -90,8 +90,9 @@ def test_no_more_than_half_of_the_weights_are_kept(tmp_path, rows, whole, capsys
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_what_costs_most_is_found(tmp_path):
+def test_what_costs_most_is_found(tmp_path, device):
     """The sixteen levels are enough for all matrices but one, in the middle of a model."""
     source = ModelSource.resolve(str(make_model(tmp_path / "model", "llama")))
     spec = DecoderSpec.from_config(source.config())
@@ -105,7 +106,7 @@ def test_what_costs_most_is_found(tmp_path):
             yield name, group
 
     prompts = [[(7 * i * j + j) % 256 for j in range(40)] for i in range(1, 13)]
-    quantizer = Quantizer(find_scheme("int4"), -1, spec, torch.float32, torch.device("cpu"), prompts, trying=True)
+    quantizer = Quantizer(find_scheme("int4"), -1, spec, torch.float32, torch.device(device), prompts, trying=True)
     assert [name for name, _ in quantizer(groups())] == ["embed", "layer-000", "layer-001", "layer-002", "head"]
     costs = {name: cost.divergence for name, cost in quantizer.costs.items()}
     assert len(costs) == 12 and max(costs, key=costs.get) == "layer-001.down"

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from batchinfer import Engine, SamplingParams
+from batchinfer.engine.build import build
 from batchinfer.engine.kernels.linear import Fp8Linear, load_linear
 from batchinfer.engine.kernels.linear.fp8 import MOST, quantize_e4m3
+from batchinfer.engine.plan import describe
 from batchinfer.engine.quant import fp8
 from tests.engine.tiny import DEVICES, make_model
 
@@ -44,25 +46,25 @@ def test_the_linear_is_that_of_its_rounded_numbers(device, tokens, inputs, outpu
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device):
+def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device, monkeypatch):
+    """Each matrix comes after one of its own form and after one of the other."""
     folder = make_model(tmp_path / "model", "qwen2")
     prompts = [[1, 2, 3, 4 + i, 5] for i in range(64)]
+    options = dict(device=device, dtype="bfloat16", seq_len=64, max_quality_loss=9, progress=False)
+    in_part = ("layer-000.gate_up", "layer-000.o", "layer-001.down", "layer-001.o", "layer-002.qkv")
     said = {}
-    for quantization in ("none", "fp8"):
-        engine = Engine(
-            folder, device=device, dtype="bfloat16", quantization=quantization, seq_len=64, max_quality_loss=9
-        )
-        assert engine.plan.quantization == quantization
-        done = engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
-        said[quantization] = [token for c in sorted(done, key=lambda c: c.key) for token in c.outputs[0].token_ids]
-    equal = sum(a == b for a, b in zip(said["none"], said["fp8"]))
-    assert equal > 0.4 * len(said["none"])  # by chance one of 320
+    for name, quantization, kept in (("in full", "none", ()), ("fp8", "fp8", ()), ("in part", "fp8", in_part)):
+        monkeypatch.setattr("batchinfer.engine.build.within", lambda _, quantised, kept=kept: quantised(kept=kept))
+        plan = build(str(folder), tmp_path / name, quantization=quantization, **options)
+        assert plan.quantization == quantization and plan.kept == kept
+        done = Engine(plan).generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
+        said[name] = [token for c in sorted(done, key=lambda c: c.key) for token in c.outputs[0].token_ids]
+    for name in ("fp8", "in part"):
+        equal = sum(a == b for a, b in zip(said["in full"], said[name]))
+        assert equal > 0.4 * len(said["in full"])  # by chance one of 320
 
 
 def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_path, capsys):
-    from batchinfer.engine.build import build
-    from batchinfer.engine.plan import describe
-
     folder = make_model(tmp_path / "model", "llama")
     options = dict(seq_len=64, device="cpu", max_quality_loss=9)
     plans = [
