@@ -118,7 +118,7 @@ class Quantizer:
         calibrated = kv_dtype != "auto" or scheme is not None and scheme.calibrated
         others = [row for i, row in enumerate(rows) if i % HELD_OUT]
         self.rows = others if calibrated else []
-        if not self.held_out or calibrated and not self.rows:
+        if not self.held_out or not others and (calibrated or trying):
             raise ModelError(f"{len(rows)} rows of more than a token are too few to calibrate with; give at least 2")
         self.kept = tuple(kept)
         self._tried = tried(others) if trying else []

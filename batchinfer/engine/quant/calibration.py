@@ -28,7 +28,12 @@ class Inputs:
     @functools.cached_property
     def hessian(self) -> Tensor:
         """``x.T @ x / tokens``, float32 ``[K, K]``."""
-        return sum(chunk.float().T @ chunk.float() for chunk in self.chunks) / sum(map(len, self.chunks))
+        inputs = self.chunks[0].shape[1]
+        total = torch.zeros(inputs, inputs, device=self.chunks[0].device)
+        for chunk in self.chunks:
+            x = chunk.float()
+            total.addmm_(x.T, x)  # in place: of a large model it is as large as a layer
+        return total.div_(sum(map(len, self.chunks)))
 
     @property
     def mean(self) -> Tensor:

@@ -57,12 +57,12 @@ class Trials:
         self._whole.advance(whole)
 
     def costs(self, norm: Tensor, head: Linear) -> dict[str, Cost]:
-        """Of each matrix, named as in ``layer-003.down``, once the last layer has come by."""
-        whole = [head(state).float().log_softmax(-1) for state in self._whole.normed(norm)]
+        """Of each matrix, named as in ``layer-003.down``, once the last layer has come by; ``head`` is in float32."""
+        whole = [head(state).log_softmax(-1) for state in self._whole.normed(norm)]
 
         def divergence(walk: Walk) -> float:
             each = [
-                (likely.exp() * (likely - head(state).float().log_softmax(-1))).sum(-1)
+                (likely.exp() * (likely - head(state).log_softmax(-1))).sum(-1)
                 for likely, state in zip(whole, walk.normed(norm), strict=True)
             ]
             return float(torch.cat(each).mean())
