@@ -14,6 +14,8 @@ from batchinfer.engine.plan import describe
 from batchinfer.engine.quant import fp8
 from tests.engine.tiny import DEVICES, make_model
 
+ROWS = [[(7 * i * j + j) % 256 for j in range(40)] for i in range(1, 13)]
+
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -50,7 +52,7 @@ def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device, mon
     """Each matrix comes after one of its own form and after one of the other."""
     folder = make_model(tmp_path / "model", "qwen2")
     prompts = [[1, 2, 3, 4 + i, 5] for i in range(64)]
-    options = dict(device=device, dtype="bfloat16", seq_len=64, max_quality_loss=9, progress=False)
+    options = dict(device=device, dtype="bfloat16", seq_len=64, max_quality_loss=9, calibration=ROWS, progress=False)
     in_part = ("layer-000.gate_up", "layer-000.o", "layer-001.down", "layer-001.o", "layer-002.qkv")
     said = {}
     for name, quantization, kept in (("in full", "none", ()), ("fp8", "fp8", ()), ("in part", "fp8", in_part)):
@@ -66,7 +68,7 @@ def test_an_engine_in_fp8_says_nearly_what_it_says_in_full(tmp_path, device, mon
 
 def test_equal_builds_are_equal_and_another_quantisation_is_another_engine(tmp_path, capsys):
     folder = make_model(tmp_path / "model", "llama")
-    options = dict(seq_len=64, device="cpu", max_quality_loss=9)
+    options = dict(seq_len=64, device="cpu", max_quality_loss=9, calibration=ROWS)
     plans = [
         build(str(folder), tmp_path / f"engine-{i}", quantization=quantization, **options)
         for i, quantization in enumerate(["fp8", "fp8", "none"])

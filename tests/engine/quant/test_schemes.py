@@ -189,14 +189,15 @@ def test_a_build_that_loses_too_much_is_refused_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_job_of_one_row_is_calibrated_with_a_text_that_comes_along(tmp_path):
+def test_a_job_of_one_row_is_calibrated_with_a_text_that_comes_along(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchinfer.engine.build._CALIBRATION_TOKENS", 2048)
     folder = make_model(tmp_path / "model", "llama")
     options = dict(quantization="gptq", max_quality_loss=1e9, seq_len=64, progress=False)
     plans = [
         build(str(folder), tmp_path / f"engine-{i}", calibration=rows, **options)
         for i, rows in enumerate(([[1, 2, 3], [4], []], []))
     ]
-    assert plans[0].quality == plans[1].quality and plans[0].quality["tokens"] > 1000
+    assert plans[0].quality == plans[1].quality and plans[0].quality["tokens"] == 2 * 255
 
 
 def test_tokens_of_a_passage_are_no_measurements_of_their_own():
