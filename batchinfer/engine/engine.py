@@ -25,7 +25,7 @@ from batchinfer.engine.step import StepBatch
 from batchinfer.engine.text import Text
 from batchinfer.engine.trace import ENGINE, Trace
 from batchinfer.errors import EngineError, ModelError, StalePlanError
-from batchinfer.host import available_cores
+from batchinfer.host import available_cores, give_back_memory
 from batchinfer.request import Completion, Output, Request, SamplingParams
 
 _INTAKE = 8  # steps' worth of prompts, taken in while one is computed: more takes longer than a step of a stage does
@@ -123,6 +123,7 @@ class Engine:
                 trace=self.trace,
             )
         self.text = Text(self.plan.tokenizer_dir)
+        give_back_memory()  # reading a tokenizer takes twice what is left of it
         self.prefix_sharing = prefix_sharing
         self.counters = Counters()
         self._generating = False

@@ -195,10 +195,13 @@ class Decoder:
             out: ``dtype [at least samples, vocabulary]``, where logits go if given.
 
         Returns:
-            ``dtype [samples, vocabulary]``, this rank's columns of it.
+            ``dtype [samples, vocabulary]``, this rank's columns of it, until the next call.
         """
         normed = self._room(*residual.shape, self.head)
         self.kernels.add_rms_norm(residual, delta, self.norm, self.spec.rms_norm_eps, *normed)
+        if out is None and self.head.into is not None:
+            # Large, and every step of another size: allocated anew each time it would take twice the memory.
+            return self.head.into(*normed, *self._room(len(residual), len(self.shard.vocabulary), self.head))
         if out is None:
             return self.head(*normed)
         return torch.mm(*normed, self.head.weight.t(), out=out[: len(residual)])

@@ -17,9 +17,12 @@ void attend(const Attention<T, Kept>& attention, int threads) {
     static thread_local Memory shared;
     const Dealt dealt = attention.deal(threads);
     float* const partials = shared.at_least(dealt.partial);
-    std::atomic<size_t> taken{0};
+    Work work(threads);
 #pragma omp parallel num_threads(threads) if (dealt.units.size() > 1)
-    attention.work_off(dealt, partials, taken);
+    {
+        Team team = Team::here(work);
+        attention.work_off(dealt, partials, team);
+    }
 }
 
 }  // namespace

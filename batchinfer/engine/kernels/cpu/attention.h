@@ -6,7 +6,6 @@
 // whichever rows share its tile, its item or its batch, and whether or not blocks were handed to different threads.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <vector>
 
@@ -193,7 +192,7 @@ struct Attention {
     }
 
     Dealt deal(int threads) const;
-    void work_off(const Dealt& dealt, float* partials, std::atomic<size_t>& taken) const;
+    void work_off(const Dealt& dealt, float* partials, Team& team) const;
 };
 
 struct Memory {  // grows, stays with its thread
@@ -242,9 +241,9 @@ Dealt Attention<T, Kept>::deal(int threads) const {
     return dealt;
 }
 
-// By all threads of a parallel region. `taken` is 0 before, whatever after; `partials` is memory for `dealt.partial`.
+// By all threads of a parallel region. `partials` is memory for `dealt.partial`.
 template <class T, class Kept>
-void Attention<T, Kept>::work_off(const Dealt& dealt, float* partials, std::atomic<size_t>& taken) const {
+void Attention<T, Kept>::work_off(const Dealt& dealt, float* partials, Team& team) const {
     const auto& units = dealt.units;
     const int64_t query_floats = (dealt.most_rows * shape.dim + 15) / 16 * 16;
     const int64_t unit_floats = (dealt.most_rows + 15) / 16 * 16;
@@ -255,14 +254,12 @@ void Attention<T, Kept>::work_off(const Dealt& dealt, float* partials, std::atom
     float* mine = units_of + unit_floats;
     float* room = mine + state_floats(dealt.most_rows);
     auto* queries = reinterpret_cast<Operand<Worked>*>(memory);
-    // A thread takes its next unit one ahead, so that it knows what to prefetch.
-    for (size_t u = taken++, next; u < units.size(); u = next) {
-        next = taken++;
+    team.deal(units.size(), [&](int64_t u, int64_t next) {
         const Unit& unit = units[u];
         State state = state_at(dealt.split ? partials + unit.state : mine, rows(*unit.item));
-        run(unit, next < units.size() ? &units[next] : nullptr, state, queries, units_of, room, tile);
+        run(unit, next >= 0 ? &units[next] : nullptr, state, queries, units_of, room, tile);
         if (!dealt.split) finish(*unit.item, state);
-    }
+    });
     if (amx::usable<Worked>(shape)) amx::release();
     if (dealt.split) {
 #pragma omp barrier
@@ -281,7 +278,7 @@ void Attention<T, Kept>::work_off(const Dealt& dealt, float* partials, std::atom
 // Made once, in attention.cpp, for all who attend.
 #define ATTENDING(EXTERN, T, Kept)                                     \
     EXTERN template Dealt Attention<T, Kept>::deal(int threads) const; \
-    EXTERN template void Attention<T, Kept>::work_off(const Dealt&, float*, std::atomic<size_t>&) const;
+    EXTERN template void Attention<T, Kept>::work_off(const Dealt&, float*, Team&) const;
 ATTENDING(extern, bf16, bf16)
 ATTENDING(extern, bf16, int8_t)
 

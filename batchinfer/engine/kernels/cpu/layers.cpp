@@ -33,11 +33,11 @@ void run(const Layer* layers, int64_t count, const Shape& shape, const Batch& ba
     Attention<bf16, Kept> attention{shape, batch, step.q, nullptr, step.attended};
     const Dealt dealt = attention.deal(threads);
     float* const partial = partials.at_least(dealt.partial);
-    std::atomic<size_t> taken;
     Work work(threads);
 #pragma omp parallel num_threads(threads) firstprivate(attention)
     {
         Team team = Team::here(work);
+        const bool by_rows = tokens >= ROWS_A_THREAD * team.threads;
         // The next product's activations are rounded where the rows are at hand, else in a pass of their own.
         const auto add_and_norm = [&](const bf16* delta, const float* weight, const Matrix& next) {
             team.deal(tokens, ROWS_AT_ONCE, [&](Range range) {
@@ -57,9 +57,9 @@ void run(const Layer* layers, int64_t count, const Shape& shape, const Batch& ba
         };
         const auto multiply = [&](const Matrix& m, const bf16* x, bf16* y, bool gated) {
             if (m.scale)
-                multiply_w8a8(m, rounded, y, tokens, gated, team);
+                multiply_w8a8(m, rounded, y, tokens, gated, by_rows, team);
             else
-                multiply_bf16(m, x, y, tokens, gated, team);
+                multiply_bf16(m, x, y, tokens, gated, by_rows, team);
             team.wait();
         };
         for (const Layer* layer = layers; layer < layers + count; ++layer) {
@@ -70,9 +70,8 @@ void run(const Layer* layers, int64_t count, const Shape& shape, const Batch& ba
                 rope_write(shape, step.qkv, step.cos_sin, batch, static_cast<Kept*>(layer->cache), layer->q_norm,
                            layer->k_norm, step.eps, step.q, range);
             });
-            if (team.thread == 0) taken = 0;
             team.wait();
-            attention.work_off(dealt, partial, taken);
+            attention.work_off(dealt, partial, team);
             team.wait();
             round(layer->o, step.attended);
             multiply(layer->o, step.attended, step.delta, false);

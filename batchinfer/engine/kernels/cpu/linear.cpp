@@ -17,7 +17,7 @@ void linear_w8a8(const Matrix& m, const T* x, T* y, int64_t rows, bool gated, in
         Team team = Team::here(work);
         team.deal(rows, ROWS_AT_ONCE, [&](Range range) { rounded.take(x, m.k, range); });
         team.wait();
-        multiply_w8a8(m, rounded, y, rows, gated, team);
+        multiply_w8a8(m, rounded, y, rows, gated, false, team);
     }
 }
 
@@ -36,7 +36,7 @@ EXPORTED void linear_bf16(const Matrix* m, const bf16* x, bf16* y, int64_t rows,
 #pragma omp parallel num_threads(threads) if (worth_threads(*m, rows))
     {
         Team team = Team::here(work);
-        multiply_bf16(*m, x, y, rows, bool(gated), team);
+        multiply_bf16(*m, x, y, rows, bool(gated), false, team);
     }
 }
 EXPORTED void linear_w8a8_f32(const Matrix* m, const float* x, float* y, int64_t rows, int gated, int threads) {

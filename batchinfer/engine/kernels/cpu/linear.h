@@ -32,10 +32,11 @@ INLINE void put(const Output<T>& to, bool gated, int64_t row, int64_t block, int
 }
 
 // bfloat16 times bfloat16, by a team.
-INLINE void multiply_bf16(const Matrix& m, const bf16* x, bf16* y, int64_t rows, bool gated, Team& team) {
+INLINE void multiply_bf16(const Matrix& m, const bf16* x, bf16* y, int64_t rows, bool gated, bool by_rows,
+                          Team& team) {
     const int64_t blocks = blocks_of(m), apart = gated ? blocks / 2 : 1;
     const Output<bf16> to{static_cast<const bf16*>(m.bias), y, m.n, gated ? m.n / 2 : m.n};
-    multiply<__m512>(x, m.k, rows, m.weights, blocks, apart, m.k / 2, team,
+    multiply<__m512>(x, m.k, rows, m.weights, blocks, apart, m.k / 2, by_rows, team,
                      [&](int64_t row, int64_t block, __m512 one, __m512 two) __attribute__((always_inline)) {
                          put(to, gated, row, block, block + apart, (vf)one, (vf)two);
                      });
@@ -92,7 +93,8 @@ struct Rounded {  // activations in 8 bits
 
 // W8A8, by a team.
 template <class T>
-INLINE void multiply_w8a8(const Matrix& m, const Rounded& x, T* y, int64_t rows, bool gated, Team& team) {
+INLINE void multiply_w8a8(const Matrix& m, const Rounded& x, T* y, int64_t rows, bool gated, bool by_rows,
+                          Team& team) {
     const int64_t blocks = blocks_of(m), apart = gated ? blocks / 2 : 1, padded = Rounded::padded(m.k);
     const float* const row_scale = x.scales.data();
     const Output<T> to{static_cast<const T*>(m.bias), y, m.n, gated ? m.n / 2 : m.n};
@@ -101,7 +103,7 @@ INLINE void multiply_w8a8(const Matrix& m, const Rounded& x, T* y, int64_t rows,
         const __m512i exact = _mm512_sub_epi32(sum, _mm512_loadu_si512(m.offset + channel));
         return (vf)_mm512_cvtepi32_ps(exact) * load<vf>(m.scale + channel) * row_scale[row];
     };
-    multiply<__m512i>(x.codes.data(), padded, rows, m.weights, blocks, apart, padded / 4, team,
+    multiply<__m512i>(x.codes.data(), padded, rows, m.weights, blocks, apart, padded / 4, by_rows, team,
                       [&](int64_t row, int64_t block, __m512i one, __m512i two) __attribute__((always_inline)) {
                           put(to, gated, row, block, block + apart, value(row, block, one),
                               value(row, block + apart, two));

@@ -75,7 +75,11 @@ class Product:
         self._matrix_at = ctypes.addressof(self.matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._into(x, torch.empty(len(x), self.matrix.n, dtype=x.dtype), False)
+        return self.into(x, torch.empty(len(x), self.matrix.n, dtype=x.dtype))
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The product, in ``out [T, N]``."""
+        return self._into(x, out, False)
 
     def gated(self, x: Tensor, out: Tensor) -> Tensor:
         """``out [T, N / 2]``: silu of the first half of the channels times the others. N is a multiple of 32."""

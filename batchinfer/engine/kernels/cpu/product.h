@@ -15,6 +15,7 @@ constexpr int WIDE = 2;   // blocks of 16 channels that a tile spans
 constexpr int TALL = 12;  // rows of a tile: 24 sums, 2 weights and an activation fit the 32 registers
 constexpr int CHANNELS = 16;
 constexpr int EACH = 8;  // things to deal for each thread: the last of them is what the others may wait for
+constexpr int64_t ROWS_A_THREAD = 32;  // from here on a thread's own rows make up for reading all weights
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications; below, waking the other threads costs more
 
 INLINE __m512i dot(__m512i sum, __m512i weights, const uint8_t* x) {  // 4 unsigned bytes with 4 signed ones, a lane
@@ -119,21 +120,24 @@ struct Output {
 };
 
 // All rows against all blocks, by a team. Spans of two blocks are dealt, and parts of the rows where spans are too few to
-// go round evenly. `apart` is how many blocks lie between the two of a span: 1, or half of them where the first half of
-// the channels belongs with the other. finish(row, block, sums of it, sums of the block `apart` from it); where their
-// number is odd, the last block comes twice.
+// go round evenly; or `by_rows` each thread has rows of its own, the same that it has of what is dealt row by row, since
+// what another core has just written may be as far away as memory. `apart` is how many blocks lie between the two of a
+// span: 1, or half of them where the first half of the channels belongs with the other. finish(row, block, sums of it,
+// sums of the block `apart` from it); where their number is odd, the last block comes twice.
 template <class Sum, class X, class Finish>
 INLINE void multiply(const X* x, int64_t stride, int64_t rows, const uint8_t* weights, int64_t blocks, int64_t apart,
-                     int64_t steps, Team& team, Finish finish) {
+                     int64_t steps, bool by_rows, Team& team, Finish finish) {
     const int64_t spans = apart == 1 ? (blocks + 1) / 2 : apart, most = (rows + TALL - 1) / TALL;
-    int64_t parts = 1;
-    while (parts < most && spans * parts < EACH * team.threads) ++parts;
+    int64_t parts = by_rows ? team.threads : 1;
+    if (!by_rows)
+        while (parts < most && spans * parts < EACH * team.threads) ++parts;
+    const auto span_of = [&](int64_t item) { return by_rows ? item % spans : item / parts; };
     const auto block = [&](int64_t span, int second) {
         const int64_t at = apart == 1 ? span * 2 + second : span + second * apart;
         return weights + std::min(at, blocks - 1) * steps * 64;
     };
     team.deal(spans * parts, [&](int64_t item, int64_t then) __attribute__((always_inline)) {
-        const int64_t span = item / parts, part = item % parts, next = then / parts;
+        const int64_t span = span_of(item), part = by_rows ? item / spans : item % parts, next = span_of(then);
         const bool fetch = then >= 0 && next != span;
         const int64_t at = apart == 1 ? span * 2 : span;
         pair<Sum>(x, stride, rows * part / parts, rows * (part + 1) / parts, block(span, 0), block(span, 1),

@@ -23,6 +23,9 @@ class Linear:
     # product; None where that takes a pass of its own.
     gated: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    # x ``[T, K]``, out ``[T, N]``: the product, written there; None where it makes its own room.
+    into: Callable[[Tensor, Tensor], Tensor] | None = None
+
     product: Callable[..., Tensor] | None = None  # who computes it, if not torch
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -45,6 +48,7 @@ class BlockedLinear(Linear):
 
         super().__init__(None, bias)  # kept once, in the layout of the product
         self.product = BFloat16Product(weight, bias)
+        self.into = self.product.into
         if gates(weight):
             self.gated = self.product.gated
 
