@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from batchinfer.host import available_cores, available_memory, peak_rss
+from batchinfer.host import available_cores, available_memory, give_back_memory, peak_rss
 
 GIB = 2**30
 
@@ -62,3 +66,22 @@ def test_peak_memory_is_this_process_s_own_and_not_its_parent_s():
     code = "from batchinfer.host import peak_rss; print(peak_rss())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert child < 200 << 20 < 300 << 20 < peak_rss()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not known to keep what is freed")
+def test_what_was_freed_can_be_handed_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [ctypes.c_void_p(libc.malloc(64 << 10)) for _ in range(1024)]  # too small to be mapped each by itself
+    for block in blocks:
+        ctypes.memset(block, 1, 64 << 10)
+    for block in blocks[:-1]:  # the last keeps the heap from shrinking by itself
+        libc.free(block)
+    kept = rss()
+    give_back_memory()
+    assert rss() < kept - (50 << 20)
+    libc.free(blocks[-1])
+
+
+def rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -97,6 +97,9 @@ class Decoder:
             self.norm = head["norm.weight"]
             weight = self.embedding if tied else head["weight"]
             self.head = load_linear({"head.weight": weight}, "head", winners)
+            # Large, and every step of another size: made anew each time it would take up to twice the memory.
+            most = max_tokens, len(shard.vocabulary)
+            self._logits = torch.empty(most, dtype=dtype, device=device) if self.head.into else None
         if tied and self.head.rows is not None:
             self._rows_of_embedding = self.head.rows
             self.embedding = self.head.weight  # kept once, None where that is in the layout of the product
@@ -199,12 +202,11 @@ class Decoder:
         """
         normed = self._room(*residual.shape, self.head)
         self.kernels.add_rms_norm(residual, delta, self.norm, self.spec.rms_norm_eps, *normed)
-        if out is None and self.head.into is not None:
-            # Large, and every step of another size: allocated anew each time it would take twice the memory.
-            return self.head.into(*normed, *self._room(len(residual), len(self.shard.vocabulary), self.head))
-        if out is None:
-            return self.head(*normed)
-        return torch.mm(*normed, self.head.weight.t(), out=out[: len(residual)])
+        if out is not None:
+            return torch.mm(*normed, self.head.weight.t(), out=out[: len(residual)])
+        if self._logits is not None:
+            return self.head.into(*normed, self._logits[: len(residual)])
+        return self.head(*normed)
 
     def _for_kernels(self, linear: Linear, x: tuple[Tensor, ...], summed: bool = False) -> Tensor | Unscaled:
         """A product that kernels read which may also scale it in passing; ``summed`` over ranks it has its scales."""

@@ -56,7 +56,7 @@ def one_after_another(kernels, attention, layers, residual, cos_sin, batch, cach
     return delta
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [2, 8])
 @pytest.mark.parametrize("kept", [None, torch.int8])
 @pytest.mark.parametrize("forms", [["bf16"], ["w8a8"], ["bf16", "w8a8"]])
 def test_one_call_gives_the_bits_of_the_operators_one_after_another(forms, kept, threads):
