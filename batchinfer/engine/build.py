@@ -27,7 +27,7 @@ from batchinfer.engine.model.tokenizer import write_tokenizer
 from batchinfer.engine.model.weights import convert, quantization_of
 from batchinfer.engine.plan import FORMAT, EnginePlan, device_name, versions
 from batchinfer.engine.profile import Asked, Profile, Sample, as_asked, asks_nothing, fit, in_order, limits
-from batchinfer.engine.quant import Quantizer, Scheme, find_scheme
+from batchinfer.engine.quant import Group, Quantizer, Scheme, find_scheme
 from batchinfer.engine.quant.budget import within
 from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.text import Text
@@ -128,11 +128,12 @@ def build(
         (folder / "weights").mkdir()
         held = getattr(torch, dtype)
 
-        def write(groups: Iterable[tuple[str, dict[str, torch.Tensor]]], doing: str = "building") -> None:
+        def write(groups: Iterable[tuple[str, Group]], doing: str = "building", keep: bool = True) -> None:
             shown = progress and sys.stderr.isatty()
             bar = tqdm(groups, f"{doing} {source.name}", spec.num_layers + 2, disable=not shown, leave=False)
             for name, group in bar:
-                save_file(group, folder / "weights" / f"{name}.safetensors")
+                if keep:
+                    save_file(group, folder / "weights" / f"{name}.safetensors")
                 pulse.beat()
 
         def quantised(kept: Sequence[str] = (), trying: bool = False) -> Quantizer:
@@ -141,7 +142,7 @@ def build(
             if progress and trying:
                 print("batchinfer: too much: trying what each matrix costs", file=sys.stderr, flush=True)
             groups = quantizer(convert(source, spec, held, torch.float32))
-            write(groups, "trying each matrix of" if trying else "quantising")
+            write(groups, "trying each matrix of" if trying else "quantising", keep=not trying)
             if progress and not trying:
                 print(f"batchinfer: {quantizer}: {quantizer.quality}", file=sys.stderr, flush=True)
             return quantizer
@@ -176,6 +177,7 @@ def build(
             },
             kv_dtype=kv_dtype,
             kept=quantizer.kept if quantizer else (),
+            max_quality_loss=max_quality_loss,
         )
         replace(plan, tactics=tactics.choose(plan)).save()
 
@@ -205,12 +207,13 @@ def rebuild(model: str, folder: str | Path, **options: Any) -> EnginePlan:
 
 def _build_anew(model: str, folder: Path, options: dict[str, Any]) -> None:
     was = json.loads((folder / "plan.json").read_text("utf-8"))
-    kept = {name: was[name] for name in ("dtype", "group_size", "kv_dtype") if name in was}
+    kept = {name: was[name] for name in ("dtype", "group_size", "kv_dtype", "max_quality_loss") if name in was}
     if was.get("quality"):  # else its model came quantised, and comes so again
         kept["quantization"] = was["quantization"]
     if "profiles" in was:
         kept["profiles"] = [as_asked(Profile.from_dict(profile)) for profile in was["profiles"]]
-    asked = {name: value for name, value in options.items() if name not in kept or value not in ("auto", 0)}
+    nothing = dict.fromkeys(kept, ("auto", 0)) | {"max_quality_loss": (-1.0,)}
+    asked = {name: value for name, value in options.items() if name not in kept or value not in nothing[name]}
     if all(map(asks_nothing, asked.get("profiles", ()))):
         asked.pop("profiles", None)
     fresh, old = (folder.with_name(f".{folder.name}.{what}-{platform.node()}") for what in ("fresh", "old"))

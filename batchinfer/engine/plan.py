@@ -49,6 +49,7 @@ class EnginePlan:
     fingerprint: dict[str, str]  # source weights, tensors as built and tokenizer digests, device, versions
     kv_dtype: str = "auto"  # of keys and values in their pages: auto (as dtype) | fp8 | int8
     kept: tuple[str, ...] = ()  # matrices that quantising left in dtype, each as layer-003.down
+    max_quality_loss: float = -1.0  # as it was asked for, so that building again asks for the same
     tactics: tuple[Tactic, ...] = ()  # what was timed; for anything else the engine takes what is likely to be fastest
 
     @classmethod
@@ -87,6 +88,7 @@ class EnginePlan:
             fingerprint=value["fingerprint"],
             kv_dtype=value["kv_dtype"],
             kept=tuple(value["kept"]),
+            max_quality_loss=value["max_quality_loss"],
             tactics=tuple(map(Tactic.from_dict, value["tactics"])),
         )
         plan._check_device()

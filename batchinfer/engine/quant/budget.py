@@ -26,11 +26,10 @@ def within(most: float, quantised: Callable[..., Quantizer]) -> Quantizer:
     made = quantised()
     if made.scheme is None or made.quality.loss <= most or not math.isfinite(made.quality.loss):
         return made
-    costs, left = quantised(trying=True).costs, 1.0
+    costs = quantised(trying=True).costs
     for _ in range(ATTEMPTS):
-        left *= MARGIN * most / made.quality.loss
-        kept = costliest(costs, left)
-        if share_of_weights(kept, costs) > MOST_KEPT:
+        kept = costliest(costs, _left(made.kept, costs) * MARGIN * most / made.quality.loss)
+        if kept == made.kept:  # no more may be
             break
         made = quantised(kept=kept)
         if made.quality.loss <= most:
@@ -39,16 +38,21 @@ def within(most: float, quantised: Callable[..., Quantizer]) -> Quantizer:
 
 
 def costliest(costs: Mapping[str, Cost], left: float) -> tuple[str, ...]:
-    """The matrices without which no more than the share ``left`` of all cost is left: those that cost most a weight."""
-    chosen = []
-    rest = total = sum(cost.divergence for cost in costs.values())
+    """The matrices without which no more than the share ``left`` of all cost is left: those that cost most a weight.
+
+    Where that takes more than MOST_KEPT of the weights, so many of them.
+    """
+    chosen: tuple[str, ...] = ()
+    room = MOST_KEPT * sum(cost.weights for cost in costs.values())
     for name in sorted(costs, key=lambda name: costs[name].divergence / costs[name].weights, reverse=True):
-        if rest <= left * total:
+        room -= costs[name].weights
+        if _left(chosen, costs) <= left or room < 0:
             break
-        chosen.append(name)
-        rest -= costs[name].divergence
+        chosen += (name,)
     return tuple(sorted(chosen))
 
 
-def share_of_weights(names: Collection[str], costs: Mapping[str, Cost]) -> float:
-    return sum(costs[name].weights for name in names) / sum(cost.weights for cost in costs.values())
+def _left(kept: Collection[str], costs: Mapping[str, Cost]) -> float:
+    """The share of all cost that is left without those of ``kept``."""
+    rest = sum(cost.divergence for name, cost in costs.items() if name not in kept)
+    return rest / sum(cost.divergence for cost in costs.values())

@@ -40,10 +40,13 @@ class Quality:
 
 @torch.inference_mode()
 def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: Sequence[Sequence[int]]) -> Quality:
-    """Compare two walks over ``rows`` that have come to the end of their models."""
+    """Compare two walks over ``rows`` that have come to the end of their models.
+
+    What rows begin with alike counts once: a job's prompts may have a system prompt in common, and be short beside it.
+    """
     ids = torch.tensor([token for row in rows for token in row])
     last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-    predicts = torch.ones(len(ids), dtype=torch.bool)
+    predicts = _is_new(rows).roll(-1)
     predicts[last] = False
     following = ids.roll(-1)
     passages = [len(row[first : first + PASSAGE]) for row in rows for first in range(0, len(row), PASSAGE)]
@@ -67,6 +70,19 @@ def measure(quantised: Walk, reference: Walk, norm: Tensor, head: Linear, rows: 
     perplexity, reference_perplexity = (math.exp(min(mean, 700)) for mean in means)
     spread = _standard_error(torch.cat(differences), passage_of[predicts])
     return Quality(count, perplexity, reference_perplexity, agreed / count, perplexity / reference_perplexity * spread)
+
+
+def _is_new(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Bool ``[tokens]``: no row before begins with all that the token ends."""
+    seen: set[int] = set()
+    new = []
+    for row in rows:
+        beginning = 0
+        for token in row:
+            beginning = hash((beginning, token))
+            new.append(beginning not in seen)
+            seen.add(beginning)
+    return torch.tensor(new)
 
 
 def _standard_error(values: Tensor, passage_of: Tensor) -> float:

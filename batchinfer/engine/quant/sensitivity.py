@@ -71,5 +71,5 @@ class Trials:
 
 
 def tried(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Beginnings of a few of ``rows``, evenly spread."""
-    return [row[:ROW_TOKENS] for row in rows[:: max(1, len(rows) // ROWS)]][:ROWS]
+    """Ends of a few of ``rows``, evenly spread: prompts of a job may all begin alike."""
+    return [row[-ROW_TOKENS:] for row in rows[:: max(1, len(rows) // ROWS)]][:ROWS]

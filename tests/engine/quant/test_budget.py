@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.model.weights import convert
 from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.quant import LINEARS, Quantizer, find_scheme
-from batchinfer.engine.quant.budget import costliest
+from batchinfer.engine.quant.budget import costliest, within
 from batchinfer.engine.quant.default import default_rows
 from batchinfer.engine.quant.sensitivity import Cost
 from batchinfer.engine.text import Text
@@ -51,11 +52,32 @@ def loss(plan: EnginePlan) -> float:
 
 
 def test_those_that_cost_most_a_weight_are_kept_until_little_enough_is_left():
-    costs = {"a": Cost(6.0, 100), "b": Cost(3.0, 10), "c": Cost(1.0, 100), "d": Cost(0.0, 1)}
+    costs = {"a": Cost(6.0, 100), "b": Cost(3.0, 10), "c": Cost(1.0, 100), "d": Cost(0.0, 500)}
     assert costliest(costs, 1.0) == ()
     assert costliest(costs, 0.9) == ("b",)
     assert costliest(costs, 0.1) == ("a", "b")
     assert costliest(costs, 0.0) == ("a", "b", "c")
+
+
+def test_no_more_than_half_of_the_weights_are_kept_but_so_many_are():
+    costs = {name: Cost(1.0 + 0.1 * place, 10) for place, name in enumerate("abcdefg")}
+    assert costliest(costs, 0.0) == ("e", "f", "g")
+
+
+def test_one_that_is_nearly_all_of_the_cost_is_not_tried_twice():
+    """What is left, and not what was aimed at, says how much more is to be kept."""
+    costs = {"a": Cost(0.9, 1)} | {name: Cost(0.02, 1) for name in "bcdef"}
+    losses, tried = iter([0.1, 0.04, 0.02]), []
+
+    def quantised(kept=(), trying=False):
+        made = SimpleNamespace(scheme="int4", kept=kept, costs=costs)
+        if not trying:
+            tried.append(kept)
+            made.quality = SimpleNamespace(loss=next(losses))
+        return made
+
+    assert within(0.03, quantised).quality.loss == 0.02
+    assert tried[:2] == [(), ("a",)] and len(tried[2]) > 1
 
 
 def test_a_build_keeps_matrices_until_it_is_within_its_budget(whole, mixed):
@@ -83,8 +105,8 @@ def test_a_plan_keeps_which_matrices_it_kept(mixed):
     assert EnginePlan.load(mixed.path) == mixed
 
 
-def test_no_more_than_half_of_the_weights_are_kept(tmp_path, rows, whole, capsys):
-    with pytest.raises(ModelError, match="quantising to int4 loses too much"):
+def test_a_build_that_keeping_half_does_not_mend_is_refused(tmp_path, rows, whole, capsys):
+    with pytest.raises(ModelError, match="quantising to int4, .* of 16 matrices in bfloat16 loses too much"):
         build(str(TRAINED), tmp_path / "engine", max_quality_loss=0.05 * loss(whole), calibration=rows, **OPTIONS)
     assert "int4: perplexity" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from batchinfer.engine.kernels.linear.int4 import dequantize
 from batchinfer.engine.model.spec import DecoderSpec
 from batchinfer.engine.quant import SCHEMES, awq, fp8, gptq, int4, smoothquant
 from batchinfer.engine.quant.calibration import Inputs
-from batchinfer.engine.quant.quality import _standard_error
+from batchinfer.engine.quant.quality import _is_new, _standard_error
 from batchinfer.errors import ModelError
 from tests.engine.tiny import DEVICES, make_model
 
@@ -198,6 +198,15 @@ def test_a_job_of_one_row_is_calibrated_with_a_text_that_comes_along(tmp_path, m
         for i, rows in enumerate(([[1, 2, 3], [4], []], []))
     ]
     assert plans[0].quality == plans[1].quality and plans[0].quality["tokens"] == 2 * 255
+
+
+def test_what_rows_begin_with_alike_is_measured_once():
+    assert _is_new([[1, 2, 3], [1, 2, 4, 3], [2, 3], [1, 2, 4]]).tolist() == [
+        *(True, True, True),
+        *(False, False, True, True),
+        *(True, True),
+        *(False, False, False),
+    ]
 
 
 def test_tokens_of_a_passage_are_no_measurements_of_their_own():
