@@ -43,8 +43,9 @@ class StepCosts:
         def disturbed(seconds: float) -> float:
             if not self.jitter:
                 return seconds
-            place = np.searchsorted(self.usual, seconds) + drawn.integers(-_ALIKE, _ALIKE)
-            return seconds * self.jitter[min(max(place, 0), len(self.jitter) - 1)]
+            least, most = _ALIKE, max(_ALIKE, len(self.jitter) - _ALIKE)  # what is cheaper or dearer is as they are
+            place = min(max(np.searchsorted(self.usual, seconds), least), most) + drawn.integers(-_ALIKE, _ALIKE)
+            return seconds * self.jitter[min(place, len(self.jitter) - 1)]
 
         def layers(step: StepBatch) -> list[float]:
             layer = self.layer + self.layer_token * step.num_tokens
@@ -82,7 +83,7 @@ class StepCosts:
         in_order = np.argsort(usual)[np.count_nonzero(usual <= 0) :]
         usual, taken = usual[in_order], np.array(taken)[in_order]
         alike = np.array_split(taken / usual, max(1, len(usual) // _ALIKE))
-        jitter = np.concatenate([part / np.median(part) for part in alike])
+        jitter = np.concatenate([part / part.mean() for part in alike])
         return cls(*costs.tolist(), tuple(usual.tolist()), tuple(jitter.tolist()))
 
 

@@ -85,7 +85,10 @@ def _stream() -> c_void_p:
 
 
 def _call(name: str, *arguments: object) -> None:
-    code: int = getattr(_driver(), name)(*arguments)
+    try:
+        code: int = getattr(_driver(), name)(*arguments)
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"no {name} of the GPU's driver here: {error}") from None
     if code:
         raise EngineError(f"the GPU's driver refused {name}: CUDA error {code}")
 

@@ -8,7 +8,7 @@ import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -193,9 +193,7 @@ class Pipeline:
             EngineError: a rank died; asking for tokens, also that one hangs.
         """
         if len(self.world.layouts) > 1 and not step.extends.all():
-            number = self._send(self.world.layouts[0], step, head_on_first=False)
-            self._tell(self.layout.ranks, encode("pages", number=number, pages=pages_of(step, self.page_size)))
-            return _Awaited(self, self.world.layouts[0], number)
+            return _Awaited(self, self.world.layouts[0], self._send(self.world.layouts[0], step, head_on_first=False))
         on_first = self._floating is not None and self._floating.on_first(step)
         number = self._send(self.layout, step, on_first)
         self._heads.append((number, on_first))
@@ -208,7 +206,7 @@ class Pipeline:
         while self._heads and self._heads[0][0] <= until:
             number, on_first = self._heads.popleft()
             if on_first:
-                self._tell(self.layout.ranks[:1], encode("head", number=number))
+                self._tell({self.layout.ranks[:1]: encode("head", number=number)})
 
     def next_done(self, launched: Sequence[Tokens]) -> int:
         """Which of the steps under way, oldest first, to ask for its tokens: prompts are long, others go on.
@@ -227,18 +225,23 @@ class Pipeline:
             self._listen(DEADLINE)
 
     def _send(self, layout: Layout, step: StepBatch, head_on_first: bool) -> int:
-        """The number by which its tokens are to be asked for."""
-        self._tell(layout.ranks, encode("step", number=self._launched, head_on_first=head_on_first, **step.fields()))
-        self._launched += 1
+        """The number by which its tokens are to be asked for; no other step ever has it, whatever comes between."""
+        number, self._launched = self._launched, self._launched + 1
+        told = {layout.ranks: encode("step", number=number, head_on_first=head_on_first, **step.fields())}
+        if layout is not self.layout:
+            told[self.layout.ranks] = encode("pages", number=number, pages=pages_of(step, self.page_size))
+        self._tell(told)
         self.occupancy.launched(step.num_tokens, len(step.sampled), time.perf_counter())
-        return self._launched - 1
+        return number
 
-    def _tell(self, ranks: range, message: bytes) -> None:
+    def _tell(self, told: Mapping[range, bytes]) -> None:
+        """Messages to ranks: to all of them, or this is the end."""
         if not self._ranks:
             raise EngineError("the engine is closed: open another")
         try:
-            for number in ranks:
-                self._ranks[number].link.send_encoded(message)
+            for ranks, message in told.items():
+                for number in ranks:
+                    self._ranks[number].link.send_encoded(message)
         except OSError:
             raise self._ranks[number].died() from None
         except BaseException:  # some ranks know of the step and some do not
@@ -254,7 +257,7 @@ class Pipeline:
         tokens = self._tokens[layout][number]
         self._tokens[layout] = {later: each for later, each in self._tokens[layout].items() if later > number}
         if layout is not self.layout:
-            self._tell(self.layout.ranks, encode("take", number=number))
+            self._tell({self.layout.ranks: encode("take", number=number)})
         return tokens
 
     def _listen(self, patience: float) -> None:

@@ -102,19 +102,19 @@ class Scheduler:
     def schedule(self) -> StepBatch | None:
         """Compose the next step and reserve its pages; None when nothing can run before ``complete``."""
         step, apart = None, self.prefill_steps > 0
-        share = self._fair_share()
         if self._under_way[0] < self.micro_batches + self.ahead:
-            step = self._compose(*share, decode=True, prefill=not apart)
+            step = self._compose(decode=True, prefill=not apart)
         if step is None and self._under_way[1] < self.prefill_steps:
-            step = self._compose(*share, decode=False, prefill=True)
+            step = self._compose(decode=False, prefill=True)
             if step is not None:
                 self.rows.prefilling[step.rows] += 1
         if step is not None:
             self._under_way[self._of_prompts(step)] += 1
         return step
 
-    def _compose(self, most_decoding: int, most_tokens: int, *, decode: bool, prefill: bool) -> StepBatch | None:
+    def _compose(self, *, decode: bool, prefill: bool) -> StepBatch | None:
         preemptions = self.preemptions
+        most_decoding, most_tokens = self._fair_share()
         going_on = self._continue_running(most_decoding if decode else 0, most_tokens, prefill)
         if going_on is None:
             return None

@@ -181,6 +181,15 @@ def test_a_pipeline_left_in_the_middle_can_be_used_again(alone, pair):
     assert said(pair) == said(alone)
 
 
+def test_a_launch_interrupted_half_way_is_known_to_all_ranks_or_none(models, alone, ranks_are_threads, monkeypatch):
+    with contextlib.closing(Engine(models["llama"], prefill=(1, 1), **OPTIONS)) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "pages_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                said(engine)
+        assert said(engine) == said(alone)
+
+
 def test_an_interrupted_step_leaves_a_pipeline_that_works(alone, pair, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pair.stage, "take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -80,8 +80,10 @@ class Decoder:
         def load(name: str) -> Group:
             # Matrices are mostly repacked. What is small is copied, or it would keep the whole file in memory.
             # Cut where they are to be: a GPU does in passing what takes a host longer than to read them.
-            group = {key: value.to(device, copy=value.ndim == 1) for key, value in weights(name).items()}
-            return shard.cut(name, group)
+            cut = shard.cut(name, {key: value.to(device, copy=value.ndim == 1) for key, value in weights(name).items()})
+            if device.type == "cuda" and shard.tp > 1:
+                torch.cuda.empty_cache()  # of what they were cut from, before something else takes a corner of it
+            return cut
 
         spec = shard.spec
         self.shard = shard
