@@ -24,7 +24,8 @@ def within(most: float, quantised: Callable[..., Quantizer]) -> Quantizer:
         The one that saw it last. Whether it is within ``most`` is for the caller to judge.
     """
     made = quantised()
-    if made.scheme is None or made.quality.loss <= most or not math.isfinite(made.quality.loss):
+    within_reach = made.scheme is not None and most > 0 and math.isfinite(made.quality.loss)
+    if made.quality.loss <= most or not within_reach:
         return made
     costs = quantised(trying=True).costs
     for _ in range(ATTEMPTS):
