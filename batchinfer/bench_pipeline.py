@@ -80,7 +80,7 @@ class StepCosts:
         found, *_ = np.linalg.lstsq(np.array(rows, float), np.array(taken), rcond=None)
         costs = np.maximum(found, 0)
         usual = np.array(rows, float) @ costs
-        in_order = np.argsort(usual)[np.count_nonzero(usual <= 0) :]
+        in_order = np.argsort(usual, kind="stable")[np.count_nonzero(usual <= 0) :]
         usual, taken = usual[in_order], np.array(taken)[in_order]
         alike = np.array_split(taken / usual, max(1, len(usual) // _ALIKE))
         jitter = np.concatenate([part / part.mean() for part in alike])

@@ -79,7 +79,7 @@ def test_costs_are_found_again_in_what_ranks_took():
 
 
 def test_jitter_is_what_steps_alike_differ_by_and_makes_stages_wait():
-    taken = [1.0, 1.0, 1.0, 1.25]
+    taken = 8 * [1.0, 1.0, 1.0, 1.25]
     spans = [Span(rank, "step", 0.0, seconds * 64, {"tokens": 64}) for rank in (0, 1) for seconds in taken]
     costs = StepCosts.fit((1, 1), spans)
     assert sorted(costs.jitter) == pytest.approx([seconds / 1.0625 for seconds in sorted(2 * taken)])
