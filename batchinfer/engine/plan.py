@@ -88,7 +88,7 @@ class EnginePlan:
             fingerprint=value["fingerprint"],
             kv_dtype=value["kv_dtype"],
             kept=tuple(value["kept"]),
-            max_quality_loss=value["max_quality_loss"],
+            max_quality_loss=value.get("max_quality_loss", -1.0),
             tactics=tuple(map(Tactic.from_dict, value["tactics"])),
         )
         plan._check_device()
