@@ -7,6 +7,7 @@ several matrices add up. All else is in float32: in bfloat16 the least change mo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -71,5 +72,8 @@ class Trials:
 
 
 def tried(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Ends of a few of ``rows``, evenly spread: prompts of a job may all begin alike."""
-    return [row[-ROW_TOKENS:] for row in rows[:: max(1, len(rows) // ROWS)]][:ROWS]
+    """Parts of a few of ``rows``, evenly spread: their beginnings, or what follows where all begin alike."""
+    alike = len(os.path.commonprefix([list(row) for row in rows]))
+    some = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+    starts = [max(0, min(alike, len(row) - ROW_TOKENS)) for row in some]
+    return [row[start : start + ROW_TOKENS] for row, start in zip(some, starts)]

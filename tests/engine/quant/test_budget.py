@@ -19,7 +19,7 @@ from batchinfer.engine.plan import EnginePlan
 from batchinfer.engine.quant import LINEARS, Quantizer, find_scheme
 from batchinfer.engine.quant.budget import costliest, within
 from batchinfer.engine.quant.default import default_rows
-from batchinfer.engine.quant.sensitivity import Cost
+from batchinfer.engine.quant.sensitivity import ROW_TOKENS, Cost, tried
 from batchinfer.engine.text import Text
 from batchinfer.errors import ModelError
 from tests.engine.tiny import DEVICES, make_model
@@ -98,6 +98,14 @@ def test_both_forms_of_a_matrix_are_timed_told_and_run(mixed):
     assert f"{linear} in bfloat16 in layers " in told and f"\n{linear}.int4 " in told
     [done] = Engine(mixed).generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(done.outputs[0].token_ids) == 4
+
+
+def test_matrices_are_tried_on_what_rows_do_not_have_in_common():
+    system = list(range(500))
+    rows = [[*system, *(1000 * row + place for place in range(80 + row))] for row in range(9)]
+    assert tried(rows) == [rows[row][500 : 500 + ROW_TOKENS] for row in (0, 2, 4, 6)]
+    assert tried([row[500:] for row in rows])[0] == rows[0][500 : 500 + ROW_TOKENS]
+    assert tried([system, [*system, 7]]) == [system[-ROW_TOKENS:], [*system[1 - ROW_TOKENS :], 7]]
 
 
 def test_a_plan_keeps_which_matrices_it_kept(mixed):
