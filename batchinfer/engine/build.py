@@ -254,7 +254,7 @@ def _most_loss(scheme: Scheme | None, asked: float) -> float:
 
 def _judge(quantizer: Quantizer, most: float) -> None:
     if not quantizer.quality.loss <= most:
-        tried = ", which keeping up to half of the weights as they are does not mend" if quantizer.scheme else ""
+        tried = ", which keeping up to half of the weights as they are does not mend" if quantizer.kept else ""
         raise ModelError(
             f"quantising to {quantizer} loses too much: {quantizer.quality}; build.max_quality_loss is {most:.1%}"
             f"{tried}. Raise it, lower build.group_size, calibrate with the job's own rows, or take another scheme"

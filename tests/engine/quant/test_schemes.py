@@ -175,7 +175,7 @@ def test_every_scheme_builds_an_engine_that_runs_and_is_measured(tmp_path, schem
 
 def test_a_build_that_loses_too_much_is_refused_and_leaves_nothing(tmp_path):
     folder = make_model(tmp_path / "model", "llama")
-    with pytest.raises(ModelError, match=r"loses too much: perplexity .*max_quality_loss is 0\.0%"):
+    with pytest.raises(ModelError, match=r"loses too much: perplexity .*max_quality_loss is 0\.0%\. Raise it"):
         build(
             str(folder),
             tmp_path / "engine",
